@@ -1,0 +1,403 @@
+"""Turn a source of images into DATA/: memory-mapped uint8 arrays and meta.json.
+
+    python prepare_data.py shapes --out data/shapes --size 32
+    python prepare_data.py mnist  --out data/mnist  --size 28
+    python prepare_data.py folder --out data/faces  --size 64 --root faces.zip
+
+DATA/images.npy is (N, H, W, C) uint8. DATA appears whole or not at all; called again with the same options,
+nothing is done.
+"""
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tarfile
+import warnings
+import zipfile
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageOps
+from tqdm import tqdm
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+              ".tga", ".jp2", ".avif"}
+# decoders that start no other program: EPS would run Ghostscript on a stranger's file
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
+MAX_FILE_BYTES = 1 << 29  # a zip member larger than this is a bomb, not a picture
+CHUNK = 32  # images a task: large enough that passing them costs little beside decoding
+
+SHAPES = ("circle", "square", "triangle", "star")
+COLOURS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (240, 205, 40),
+           "purple": (145, 60, 180), "orange": (245, 135, 35)}
+BACKGROUNDS = {"white": (250, 250, 250), "black": (15, 15, 15), "gray": (128, 128, 128)}
+RADII = {"small": (0.15, 0.20), "large": (0.32, 0.40)}  # as a share of the side
+PHRASINGS = ("a {size} {colour} {shape} on a {background} background",
+             "{size} {colour} {shape}, {background} background",
+             "the {colour} {shape} is {size}, the background {background}",
+             "on a {background} background there is a {size} {colour} {shape}")
+
+
+class Item(NamedTuple):
+    """One picture to be: `payload` is a path, an encoded file, a pixel array, or the number of a shape to draw."""
+    name: str
+    payload: str | bytes | np.ndarray | int
+    label: str | None = None
+
+
+def fail(message):
+    """End with one line for the user and status 2."""
+    print(f"prepare_data.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- sources: each yields Items -------------------------------------------------------------------------------------
+
+def shapes_source(args):
+    return args.num or 10_000, (Item(f"shape {i}", i) for i in range(args.num or 10_000))
+
+
+def torchvision_source(args):
+    from torchvision import datasets
+    root = args.root or "downloads"
+    dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
+                     "celeba": datasets.CelebA}[args.source]
+    options = {"split": "all", "target_type": []} if args.source == "celeba" else {}
+    try:
+        try:
+            dataset = dataset_class(root, download=False, **options)
+        except RuntimeError:  # torchvision's word for "not there"
+            print(f"{args.source} is not under {root}: downloading", flush=True)
+            dataset = dataset_class(root, download=True, **options)
+    except Exception as error:  # each mirror fails in its own way
+        fail(f"{args.source} is neither under --root {root} nor downloadable "
+             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})")
+    if args.source == "celeba":
+        folder = os.path.join(root, "celeba", "img_align_celeba")
+        return len(dataset), (Item(name, os.path.join(folder, name)) for name in dataset.filename)
+    return len(dataset), (Item(f"{args.source} {i}", np.asarray(pixels), dataset.classes[int(target)])
+                          for i, (pixels, target) in enumerate(zip(dataset.data, dataset.targets)))
+
+
+def folder_source(args):
+    """Images of a directory or archive, sorted by name; nothing is unpacked. The first level of folders are classes."""
+    root = Path(args.root)
+    try:
+        if root.is_dir():
+            read, names = (lambda path: path), {}
+            for where, folders, files in os.walk(root):
+                folders[:] = sorted(f for f in folders if not f.startswith("."))
+                names |= {os.path.relpath(os.path.join(where, f), root): os.path.join(where, f) for f in files}
+        elif zipfile.is_zipfile(root):
+            archive = zipfile.ZipFile(root)
+            read, names = archive.open, {m.filename: m for m in archive.infolist() if not m.is_dir()}
+        else:
+            # a compressed tar has no random access: sorted order would unpack it again for each image
+            archive = tarfile.open(root)
+            read, names = archive.extractfile, {m.name: m for m in archive if m.isfile()}
+    except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        fail(f"--root {args.root}: neither a directory nor a readable .zip or .tar(.gz) ({error})")
+    names = {n: member for n, member in names.items()
+             if os.path.splitext(n)[1].lower() in EXTENSIONS and not os.path.basename(n).startswith(".")}
+    if not root.is_dir() and isinstance(archive, tarfile.TarFile):
+        order = list(names)
+    else:
+        order = sorted(names)
+    # a wrapping folder (faces/0001.png …) is not a class
+    parts = [re.split(r"[/\\]", n) for n in order]
+    while parts and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    classes = {p[0] for p in parts} if all(len(p) > 1 for p in parts) else set()
+
+    def items():
+        for name, part in zip(order, parts):
+            payload = read(names[name]) if root.is_dir() else read_member(read, names[name])
+            yield Item(name, payload, part[0] if classes else None)
+    return len(order), items()
+
+
+def read_member(read, member):
+    """The bytes of an archive's member, or the reason (an exception) why they cannot be had."""
+    try:
+        with read(member) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        return data if len(data) <= MAX_FILE_BYTES else ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    except Exception as error:  # damage, encryption, an unknown compression: this member alone is lost
+        return error
+
+
+# ---- one picture -----------------------------------------------------------------------------------------------------
+
+def draw_shape(index, size, seed):
+    """Picture number `index` of the embedded set: (RGB image of size × size, class name, attributes)."""
+    rng = np.random.default_rng([seed, index])
+    shape, colour, background, scale = (str(rng.choice(list(options)))
+                                        for options in (SHAPES, COLOURS, BACKGROUNDS, RADII))
+    radius = rng.uniform(*RADII[scale])
+    x, y = rng.uniform(radius + 0.05, 0.95 - radius, 2)
+    side = 4 * size  # drawn large and reduced: smooth edges
+    image = Image.new("RGB", (side, side), BACKGROUNDS[background])
+    draw, fill = ImageDraw.Draw(image), COLOURS[colour]
+    x, y, radius = x * side, y * side, radius * side
+    if shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    else:
+        corners = {"square": 4, "triangle": 3, "star": 10}[shape]
+        turn = rng.uniform(-0.2, 0.2) + (math.pi / 4 if shape == "square" else 0) - math.pi / 2
+        radii = [radius * (0.45 if shape == "star" and k % 2 else 1.0) for k in range(corners)]
+        draw.polygon([(x + r * math.cos(turn + 2 * math.pi * k / corners),
+                       y + r * math.sin(turn + 2 * math.pi * k / corners)) for k, r in enumerate(radii)], fill=fill)
+    attributes = {"shape": shape, "colour": colour, "background": background, "size": scale}
+    return image.reduce(4), f"{colour} {shape}", attributes
+
+
+def to_pixels(image, size, channels, crop, background):
+    """Any Pillow image -> (size, size, channels) uint8: upright, opaque, centre square, one antialiased resize.
+
+    crop: side in pixels of the centred square that is kept; None keeps the largest.
+    """
+    side = min(*image.size, crop or sys.maxsize)
+    if image.format == "JPEG":  # decode at 1/2, 1/4 or 1/8 where that is still larger than what is kept
+        scale = size / side
+        before = image.size
+        image.draft(None, (math.ceil(before[0] * scale), math.ceil(before[1] * scale)))
+        side = max(1, round(side * image.size[0] / before[0]))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        pixels = np.nan_to_num(np.asarray(image))
+        image = Image.fromarray((pixels * (255 if pixels.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    if (image.width, image.height) != (size, size) or side != size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.asarray(image).reshape(size, size, channels)
+
+
+def decode(items, args):
+    """Worker: a list of Items -> a list of (pixels or None, name, label, attributes, why it was skipped)."""
+    warnings.simplefilter("ignore")  # Pillow warns of half-bombs and odd EXIF; what matters raises
+    Image.init()
+    formats = [f for f in FORMATS if f in Image.OPEN]
+    results = []
+    for name, payload, label in items:
+        attributes = None
+        try:
+            if isinstance(payload, Exception):
+                raise payload
+            if isinstance(payload, int):
+                image, label, attributes = draw_shape(payload, args.size, args.seed)
+            elif isinstance(payload, np.ndarray):
+                image = Image.fromarray(payload)
+            else:
+                image = Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload, formats=formats)
+            with image:
+                pixels = to_pixels(image, args.size, args.channels, args.crop, args.background)
+            results.append((pixels, name, label, attributes, None))
+        except Exception as error:  # decoders of hostile files raise anything
+            reason = str(error).replace(repr(payload), "file") if isinstance(payload, str) else str(error)
+            results.append((None, name, label, None, re.sub(r" ?<_io.BytesIO[^>]*>", "", reason)
+                            or type(error).__name__))
+    return results
+
+
+def decode_all(items, args):
+    """Results of `decode` in order, from all cores, with a bounded number of images under way."""
+    items, window = iter(items), deque()
+    with ProcessPoolExecutor(args.workers) as pool:
+        try:
+            while chunk := list(itertools.islice(items, CHUNK)):
+                window.append(pool.submit(decode, chunk, args))
+                if len(window) >= 4 * args.workers:
+                    yield from window.popleft().result()
+            while window:
+                yield from window.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# ---- captions --------------------------------------------------------------------------------------------------------
+
+def words_of(caption):
+    """Lower-cased words and numbers of a caption."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)?", caption.lower())
+
+
+def tokenize(captions):
+    """N lists of K captions -> (tokens (N, K, L) int32, 0 = padding; vocabulary, most frequent word first)."""
+    split = [[words_of(c) for c in per_image] for per_image in captions]
+    counts = Counter(word for per_image in split for words in per_image for word in words)
+    vocabulary = ["<pad>", "<unk>"] + sorted(counts, key=lambda w: (-counts[w], w))
+    index = {word: i for i, word in enumerate(vocabulary)}
+    length = max(len(words) for per_image in split for words in per_image)
+    tokens = np.zeros((len(split), len(split[0]), length), np.int32)
+    for n, per_image in enumerate(split):
+        for k, words in enumerate(per_image):
+            tokens[n, k, :len(words)] = [index[w] for w in words]
+    return tokens, vocabulary
+
+
+# ---- DATA ------------------------------------------------------------------------------------------------------------
+
+def write_arrays(results, total, folder, args):
+    """Append pictures to images.npy as they come; labels, captions and meta.json after them. Returns the meta."""
+    labels, attributes, skipped, digest = [], [], [], hashlib.sha256()
+    with open(folder / "images.npy", "wb") as file:
+        def header(count):  # numpy pads its header so that the first axis can grow in place
+            shape = (count, args.size, args.size, args.channels)
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        header(0)
+        start = file.tell()
+        for pixels, name, label, attribute, reason in tqdm(results, total=total, unit="img", disable=None):
+            if pixels is None:
+                if args.strict:
+                    fail(f"{name!a}: {reason} (--strict)")
+                skipped.append({"file": name, "reason": reason})
+                continue
+            row = pixels.tobytes()
+            file.write(row)
+            digest.update(row)
+            labels.append(label)
+            attributes.append(attribute)
+        file.seek(0)
+        header(len(labels))
+        assert file.tell() == start, "numpy's header changed its length"
+        os.fsync(file.fileno())
+    if not labels:
+        fail(f"{args.root or args.source}: not one usable image"
+             + (f"; the first of {len(skipped)} skipped: {skipped[0]['file']!a}: {skipped[0]['reason']}"
+                if skipped else f" (looked for {' '.join(sorted(EXTENSIONS))})"))
+
+    meta = {"name": args.source, "count": len(labels), "size": args.size, "channels": args.channels, "classes": None,
+            "vocabulary": None, "source": source_options(args), "skipped": skipped}
+    if all(label is not None for label in labels):
+        meta["classes"] = sorted(set(labels), key=lambda c: (len(c), c) if c.isdigit() else (0, c))
+        index = {c: i for i, c in enumerate(meta["classes"])}
+        array = np.array([index[label] for label in labels], np.int64)
+        save_array(folder / "labels.npy", array, digest)
+    if attributes[0] is not None:
+        captions = [[p.format(**a) for p in PHRASINGS] for a in attributes]
+        array, meta["vocabulary"] = tokenize(captions)
+        save_array(folder / "tokens.npy", array, digest)
+        write_text(folder / "captions.jsonl", "".join(json.dumps({"captions": c}) + "\n" for c in captions))
+    meta["fingerprint"] = digest.hexdigest()
+    write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    return meta
+
+
+def save_array(path, array, digest):
+    digest.update(array.tobytes())
+    with open(path, "wb") as file:
+        np.save(file, array)
+        os.fsync(file.fileno())
+
+
+def write_text(path, text):
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def source_options(args):
+    """The options that decide what DATA holds."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "workers", "strict")}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message} (--help lists the options)")
+    parser.add_argument("source", choices=["shapes", "mnist", "fashion-mnist", "cifar10", "celeba", "folder"],
+                        help="shapes: drawn here, no download; folder: a directory, .zip or .tar(.gz) of images")
+    group = parser.add_argument_group("data")
+    group.add_argument("--out", required=True, metavar="DATA", help="folder to make")
+    group.add_argument("--root", metavar="SOURCE", help="folder: where the images are; torchvision's sets: where "
+                                                         "they are or are downloaded to (then default: downloads)")
+    group.add_argument("--size", type=int, default=64, help="side of the images made, pixels")
+    group.add_argument("--num", type=int, help="shapes: how many to draw (default 10000); else: at most so many images")
+    group.add_argument("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: 1 for the MNISTs, else 3)")
+    group.add_argument("--crop", type=int, metavar="PIXELS",
+                       help="side of the centred square kept, in pixels of the source (default: the largest)")
+    group.add_argument("--background", default="white", help="colour under transparent pixels: a name or #rrggbb")
+    group.add_argument("--seed", type=int, default=0, help="shapes: which pictures are drawn")
+    group.add_argument("--strict", action="store_true", help="an unreadable image is an error, not skipped")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="decoding processes")
+    args = parser.parse_args(argv)
+    args.channels = args.channels or (1 if "mnist" in args.source else 3)
+    for name in ("size", "num", "crop", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: must be at least 1")
+    try:
+        ImageColor.getrgb(args.background)
+    except ValueError:
+        fail(f"--background {args.background}: not a colour (a name like white, or #rrggbb)")
+    if args.source == "folder" and args.root is None:
+        fail("--root is missing: the directory or archive with the images")
+    if args.source == "folder" and not os.path.exists(args.root):
+        fail(f"--root {args.root}: no such file or directory")
+    return args
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults in the help, the docstring as it stands."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def main():
+    args = parse_args()
+    out = Path(args.out)
+    if (out / "meta.json").exists():
+        there = json.loads((out / "meta.json").read_text())
+        asked = source_options(args)
+        changed = [f"--{k} {there['source'].get(k)} there, {asked[k]} asked" for k in asked
+                   if there["source"].get(k) != asked[k]]
+        if changed:
+            fail(f"--out {out} holds other data ({'; '.join(changed)}): delete it or choose another --out")
+        return print(f"{out} is already prepared: {there['count']} images")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"--out {out} exists and is not a data folder: choose another --out")
+
+    if args.source == "shapes":
+        total, items = shapes_source(args)
+    else:
+        total, items = (folder_source if args.source == "folder" else torchvision_source)(args)
+    total, items = min(total, args.num or total), itertools.islice(items, args.num)
+    partial = out.with_name(out.name + ".partial")
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that `finally` runs
+        signal.signal(number, lambda n, _: sys.exit(128 + n))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        meta = write_arrays(decode_all(items, args), total, partial, args)
+        os.rename(partial, out)
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(f"prepare_data.py: {error}")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for entry in meta["skipped"][:5]:
+        print(f"skipped {entry['file']!a}: {entry['reason']}")
+    skipped = f", {len(meta['skipped'])} skipped (named in meta.json)" if meta["skipped"] else ""
+    classes = f", {len(meta['classes'])} classes" if meta["classes"] else ""
+    print(f"{out}: {meta['count']} images of {args.size}×{args.size}×{args.channels}{classes}{skipped}")
+
+
+if __name__ == "__main__":
+    main()
