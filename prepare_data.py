@@ -107,7 +107,8 @@ def folder_source(args):
             archive = tarfile.open(root)
             read, names = archive.extractfile, {m.name: m for m in archive if m.isfile()}
     except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        fail(f"--root {args.root}: neither a directory nor a readable .zip or .tar(.gz) ({error})")
+        fail(f"--root {args.root}: neither a directory nor a readable .zip or .tar(.gz) "
+             f"({str(error).splitlines()[0].rstrip(':')})")
     names = {n: member for n, member in names.items()
              if os.path.splitext(n)[1].lower() in EXTENSIONS and not os.path.basename(n).startswith(".")}
     if not root.is_dir() and isinstance(archive, tarfile.TarFile):
@@ -319,6 +320,11 @@ def source_options(args):
     return {k: v for k, v in vars(args).items() if k not in ("out", "workers", "strict")}
 
 
+def cores():
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists the options)")
@@ -337,7 +343,7 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=int, default=0, help="shapes: which pictures are drawn")
     group.add_argument("--strict", action="store_true", help="an unreadable image is an error, not skipped")
     group = parser.add_argument_group("speed")
-    group.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="decoding processes")
+    group.add_argument("--workers", type=int, default=cores(), help="decoding processes")
     args = parser.parse_args(argv)
     args.channels = args.channels or (1 if "mnist" in args.source else 3)
     for name in ("size", "num", "crop", "workers"):

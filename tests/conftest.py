@@ -1,0 +1,66 @@
+"""The scripts as a user calls them: real processes on small inputs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+
+def call(*command, status=0, cwd=None, **environment):
+    """Run a script (`train.py …`) or a program; returns the finished process after checking its exit status."""
+    command = [str(c) for c in command]
+    if command[0].endswith(".py"):
+        command = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL,
+                          env=os.environ | {"OMP_NUM_THREADS": "2"} | environment)
+    assert done.returncode == status, f"{command}\nstatus {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done
+
+
+def refused(*command, naming, cwd=None, **environment):
+    """The call ends with status 2 and one line that names these words."""
+    error = call(*command, status=2, cwd=cwd, **environment).stderr.strip()
+    assert len(error.splitlines()) == 1, error
+    for word in [naming] if isinstance(naming, str) else naming:
+        assert word in error, error
+
+
+def need(path):
+    """Skip without this input, except where the checks of record run."""
+    if not path.exists():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{path} is required here")
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+def log_of(run):
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+TINY = ("--width", "8", "--batch-size", "16", "--log-every", "4", "--save-every", "8", "--grid-every", "8",
+        "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """DATA of 256 drawn shapes, 16×16, with labels."""
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    call("prepare_data.py", "shapes", "--out", out, "--size", "16", "--num", "256")
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(shapes, tmp_path_factory):
+    """RUN of 48 steps, with labels; in bf16 or fp32 as the machine has it."""
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    done = call("train.py", "--data", shapes, "--out", out, "--condition", "label", "--epochs", "3", *TINY)
+    (out / "stdout.txt").write_text(done.stdout)
+    return out

@@ -1,0 +1,143 @@
+"""evaluate.py: figures that equal pytorch-fid's, and what stands around them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, need, refused
+from PIL import Image
+
+import evaluate
+
+rng = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """Inception's weights as evaluate.py finds or fetches them."""
+    try:
+        return evaluate.find_weights()
+    except SystemExit:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip("Inception's weights cannot be had here")
+
+
+def features(n, d, shift=0.0):
+    return (rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) + shift).astype(np.float32)
+
+
+def test_frechet_distance_against_scipy():
+    from scipy import linalg
+    for n, d in ((300, 40), (20, 40)):  # the second has singular covariances
+        a, b = (evaluate.statistics(features(n, d, shift)) for shift in (0, 0.3))
+        root = linalg.sqrtm(a[1] @ b[1] if n > d else a[1] @ b[1] + 0j).real
+        expected = ((a[0] - b[0]) ** 2).sum() + np.trace(a[1] + b[1] - 2 * root)
+        assert evaluate.frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-6 if n > d else 1e-3)
+    assert evaluate.frechet_distance(*a, *a) == pytest.approx(0, abs=1e-6 * np.trace(a[1]))
+    # worked out by hand: means 3 apart, standard deviations 1 and 2 in each of 2 dimensions
+    assert evaluate.frechet_distance([0, 0], np.eye(2), [3, 0], 4 * np.eye(2)) == pytest.approx(9 + 2 * (2 - 1) ** 2)
+
+
+def test_kernel_distance_against_the_definition():
+    x, y = features(30, 5), features(30, 5, 0.5)
+    def k(a, b):
+        return (float(a @ b) / 5 + 1) ** 3
+    within = sum(k(v[i], v[j]) for v in (x.astype(float), y.astype(float)) for i in range(30) for j in range(30) if i != j)
+    across = sum(k(a, b) for a in x.astype(float) for b in y.astype(float))
+    expected = within / (30 * 29) - 2 * across / 900
+    assert evaluate.kernel_distance(x, y, subsets=2, size=30)[0] == pytest.approx(expected, rel=1e-6)
+    one = features(4000, 5)
+    mean, std = evaluate.kernel_distance(one[:2000], one[2000:], subsets=20)
+    assert abs(mean) < 3 * std, "unbiased: around zero for the same distribution"
+
+
+def folder_of(path, count, shift, size=32):
+    path.mkdir()
+    noise = np.random.default_rng(shift).integers(0, 200, (count, size, size, 3))
+    for i, image in enumerate(np.minimum(noise + shift, 255).astype(np.uint8)):
+        Image.fromarray(image).save(path / f"{i:05d}.png")
+    return path
+
+
+def test_equals_pytorch_fid(weights, tmp_path):
+    """The same two folders, the same weights in pytorch-fid's own cache; and its statistics are read, and ours by it."""
+    a, b = folder_of(tmp_path / "a", 50, 0), folder_of(tmp_path / "b", 48, 40)
+    cache = tmp_path / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    shutil.copy(weights, cache / os.path.basename(evaluate.fid_inception.FID_WEIGHTS_URL))
+
+    def theirs(*paths):
+        said = call(sys.executable, "-m", "pytorch_fid", *paths, TORCH_HOME=str(tmp_path / "torch")).stdout
+        return float(re.search(r"FID:\s*(\S+)", said).group(1))
+
+    def ours(*paths):
+        call("evaluate.py", "--images", paths[0], "--reference", paths[1], "--weights", weights, "--out", tmp_path / "m.json")
+        return json.loads((tmp_path / "m.json").read_text())
+
+    expected, metrics = theirs(a, b), ours(a, b)
+    assert metrics["fid"]["value"] == pytest.approx(expected, rel=1e-3)
+    assert (metrics["fid"]["n_generated"], metrics["fid"]["n_real"]) == (50, 48)
+    assert "2048" in metrics["warnings"][0] and metrics["kid"]["n_real"] == 48
+    call(sys.executable, "-m", "pytorch_fid", "--save-stats", b, tmp_path / "b.npz", TORCH_HOME=str(tmp_path / "torch"))
+    metrics = ours(a, tmp_path / "b.npz")
+    assert metrics["fid"]["value"] == pytest.approx(expected, rel=1e-3) and "kid" not in metrics
+
+
+def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    call("sample.py", "--run", run, "--num", "40", "--interpolate", "2", "--device", "cpu")
+    said = call("evaluate.py", "--run", run, "--num-real", "60", "--floor", "--device", "cpu").stdout
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["fid"]["n_generated"] == 40 and metrics["fid"]["n_real"] == 60
+    assert f"{metrics['fid']['value']:.2f}" in said and "generated 40, real 60" in said and "report.html" in said
+    assert 0 < metrics["floor"]["value"] < metrics["fid"]["value"]
+    assert metrics["samples"]["seed"] == 0 and weights.name in metrics["fid"]["protocol"]
+    kept = np.load(shapes / "fid_60.npz")
+    assert kept["mu"].shape == (2048,) and kept["sigma"].shape == (2048, 2048)
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 3 and "data:image/webp" in page and "--width" in page
+    assert "http" not in page.replace("http-equiv", ""), "nothing is loaded from elsewhere"
+    assert sorted(p.name for p in (run / "images").iterdir())[-1] == "000039.png"
+    # kept statistics are used again, and not for other images
+    assert "60 real images" in said
+    assert "60 real images" not in call("evaluate.py", "--run", run, "--num-real", "60", "--device", "cpu").stdout
+    meta = json.loads((shapes / "meta.json").read_text())
+    other = shutil.copytree(shapes, tmp_path / "other")
+    (other / "meta.json").write_text(json.dumps(meta | {"fingerprint": "another"}))
+    assert "60 real images" in call("evaluate.py", "--run", run, "--data", other, "--num-real", "60", "--device", "cpu").stdout
+
+
+def test_report_escapes(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "<b>run")
+    evil = "<script>alert(1)</script>"
+    config = {"options": {"data": evil}, "data": {"name": evil}, "hardware": {"device": evil, "platform": evil}}
+    evaluate.write_report(run, {"warnings": [evil]}, config)
+    page = (run / "report.html").read_text()
+    assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
+
+
+def test_no_weights_is_one_line_and_no_other_network(trained, tmp_path):
+    """Offline with an empty cache: neither pytorch-fid's file nor the package can be had."""
+    blocked = {"TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
+               "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1"}
+    images = folder_of(tmp_path / "a", 2, 0)
+    refused("evaluate.py", "--images", images, "--reference", images, naming=["weights", "--weights", "pt_inception"], **blocked)
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    refused("evaluate.py", "--images", images, "--reference", images, "--weights", tmp_path / "bad.pth", naming="bad.pth")
+
+
+def test_refusals(trained, tmp_path):
+    refused("evaluate.py", naming="--run")
+    refused("evaluate.py", "--run", tmp_path, naming=["--run", "config.json"])
+    refused("evaluate.py", "--run", trained, naming="sample.py")
+    (tmp_path / "empty").mkdir()
+    refused("evaluate.py", "--images", tmp_path / "empty", "--reference", tmp_path, naming=["--images", "empty"])
+    np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 3)))
+    refused("evaluate.py", "--images", tmp_path / "float.npz", "--reference", tmp_path, naming=["float.npz", "float64"])

@@ -1,0 +1,180 @@
+"""prepare_data.py: any picture in, uint8 arrays out, and nothing else on the disk."""
+
+import io
+import json
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from conftest import SHARED, call, need, refused
+from PIL import Image
+
+import prepare_data
+
+
+def read(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    assert images.dtype == np.uint8 and images.shape == (meta["count"], meta["size"], meta["size"], meta["channels"])
+    return images, meta
+
+
+def png(array, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_shapes_are_seeded_and_described(shapes, tmp_path):
+    images, meta = read(shapes)
+    labels, tokens = np.load(shapes / "labels.npy"), np.load(shapes / "tokens.npy")
+    captions = [json.loads(line)["captions"] for line in open(shapes / "captions.jsonl")]
+    assert len(labels) == len(captions) == len(tokens) == 256
+    assert labels.dtype == np.int64 and len(meta["classes"]) == 24
+    for i in range(256):
+        colour, shape = meta["classes"][labels[i]].split()
+        assert all(colour in c and shape in c for c in captions[i])
+        words = [meta["vocabulary"][t] for t in tokens[i, 0] if t]
+        assert words == captions[i][0].split()
+        near = np.abs(images[i].astype(int) - prepare_data.COLOURS[colour]).sum(-1).min()
+        assert near < 60, "the named colour is in the picture"
+    call("prepare_data.py", "shapes", "--out", tmp_path / "again", "--size", "16", "--num", "64", "--workers", "1")
+    assert np.array_equal(read(tmp_path / "again")[0], images[:64])
+    call("prepare_data.py", "shapes", "--out", tmp_path / "other", "--size", "16", "--num", "64", "--seed", "1")
+    assert not np.array_equal(read(tmp_path / "other")[0], images[:64])
+
+
+def test_called_again_it_does_nothing_and_refuses_other_options(shapes):
+    before = (shapes / "images.npy").stat().st_mtime_ns
+    assert "already" in call("prepare_data.py", "shapes", "--out", shapes, "--size", "16", "--num", "256").stdout
+    assert (shapes / "images.npy").stat().st_mtime_ns == before
+    refused("prepare_data.py", "shapes", "--out", shapes, "--size", "32", "--num", "256", naming="--size")
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    """One picture of each kind that stops other tools, by name; each is dark on the left and light on the right."""
+    ramp = np.zeros((24, 36, 3), np.uint8)
+    ramp[:, 18:] = 200
+    rgba = np.dstack([np.zeros((24, 24, 3), np.uint8), np.zeros((24, 24), np.uint8)])
+    kinds = {"rgb.png": png(ramp), "gray.png": png(ramp[:, :, 0]), "transparent.png": png(rgba),
+             "graya.png": png(rgba[:, :, 2:])}
+    deep = Image.fromarray((ramp[:, :, 0].astype(np.uint16) * 257))
+    turned = Image.fromarray(np.ascontiguousarray(ramp.swapaxes(0, 1)))  # dark above, to be turned by its EXIF
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for name, image, options in (("deep.png", deep, {}), ("cmyk.jpg", Image.fromarray(ramp).convert("CMYK"), {}),
+                                 ("palette.gif", Image.fromarray(ramp).convert("P"), {}),
+                                 ("turned.jpg", turned, {"exif": exif, "quality": 95}),
+                                 ("large.jpg", Image.fromarray(ramp).resize((1200, 800)), {}),
+                                 ("bits.png", Image.fromarray(ramp).convert("1"), {})):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG" if name.endswith("jpg") else name[-3:].upper(), **options)
+        kinds[name] = buffer.getvalue()
+    return kinds
+
+
+def bad_files():
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)) + chunk(
+        b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole, "JPEG")
+    return {"bomb.png": bomb, "cut.jpg": whole.getvalue()[:900], "text.png": b"hello", "empty.jpg": b""}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar.gz"])
+def test_any_mode_from_any_container(kind, zoo, tmp_path):
+    files = zoo | bad_files()
+    source = tmp_path / f"source.{kind}"
+    if kind == "folder":
+        source.mkdir()
+        for name, data in files.items():
+            (source / name).write_bytes(data)
+    elif kind == "zip":
+        with zipfile.ZipFile(source, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(f"wrapped/{name}", data)
+    else:
+        with tarfile.open(source, "w:gz") as archive:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    out = tmp_path / "out"
+    done = call("prepare_data.py", "folder", "--root", source, "--out", out, "--size", "8")
+    images, meta = read(out)
+    assert len(images) == len(zoo) and meta["classes"] is None
+    assert {os.path.basename(s["file"]) for s in meta["skipped"]} == set(bad_files())
+    assert all(s["reason"] for s in meta["skipped"]) and "4 skipped" in done.stdout
+    order = sorted(zoo) if kind != "tar.gz" else list(zoo)
+    for name, image in zip(order, images):
+        left, right = image[:, 0].mean(), image[:, -1].mean()
+        if name in ("transparent.png", "graya.png"):
+            assert left == right == 255, name
+        else:
+            assert left < 30 and 150 < right < 260, (name, left, right)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", source.name]
+
+
+def test_folders_are_classes_and_options_hold(tmp_path, zoo):
+    for name in ("cats", "dogs"):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        (tmp_path / "source" / name / "a.png").write_bytes(zoo["transparent.png"])
+        (tmp_path / "source" / name / "b.png").write_bytes(zoo["rgb.png"])
+    call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "8",
+         "--background", "#ff0000", "--crop", "8")
+    images, meta = read(tmp_path / "out")
+    assert meta["classes"] == ["cats", "dogs"] and np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 0, 1, 1]
+    assert (images[0] == (255, 0, 0)).all()
+    assert images[1].min() == 0 and images[1].max() == 200 and images[1].shape == (8, 8, 3)
+    call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "gray", "--size", "8",
+         "--channels", "1", "--num", "3")
+    assert read(tmp_path / "gray")[0].shape == (3, 8, 8, 1)
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no")
+    (tmp_path / "not.zip").write_bytes(b"no")
+    out = tmp_path / "out"
+    refused("prepare_data.py", "folder", "--out", out, naming="--root")
+    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "none", naming=["--root", "none"])
+    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "empty", naming="not one usable image")
+    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "bad", naming="a.png")
+    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "bad", "--strict", naming="a.png")
+    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "not.zip", naming="not.zip")
+    refused("prepare_data.py", "shapes", "--out", out, "--size", "0", naming="--size")
+    refused("prepare_data.py", "shapes", "--out", out, "--sise", "8", naming="--sise")
+    refused("prepare_data.py", "shapes", "--out", tmp_path / "bad", naming="--out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "empty", "not.zip"]
+
+
+def test_downloads_say_what_failed(tmp_path):
+    blocked = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    refused("prepare_data.py", "fashion-mnist", "--out", tmp_path / "out", "--root", tmp_path / "none",
+            naming=["fashion-mnist", "--root"], **blocked)
+
+
+def test_mnist(tmp_path):
+    need(SHARED / "mnist")
+    call("prepare_data.py", "mnist", "--root", SHARED / "mnist", "--out", tmp_path / "mnist", "--size", "28")
+    images, meta = read(tmp_path / "mnist")
+    assert images.shape == (60_000, 28, 28, 1) and len(meta["classes"]) == 10
+    assert np.bincount(np.load(tmp_path / "mnist" / "labels.npy"))[1] == 6742
+
+
+def test_emoji(tmp_path):
+    archive = need(SHARED / "emoji" / "noto-64.zip")
+    call("prepare_data.py", "folder", "--root", archive, "--out", tmp_path / "emoji", "--size", "64")
+    images, meta = read(tmp_path / "emoji")
+    assert len(images) == 3786 and not meta["skipped"]
+    assert min(image.max() for image in images) == 255, "composited on white, none black"
+    corners = images[:, 0, 0].min(1)
+    assert (corners == 255).mean() > 0.9

@@ -1,0 +1,91 @@
+"""sample.py: images that depend on (seed, number) alone, from generator.pt alone."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, refused
+from PIL import Image
+
+import sample
+
+
+@pytest.fixture(scope="module")
+def generator(trained, tmp_path_factory):
+    """A folder with generator.pt and nothing else."""
+    folder = tmp_path_factory.mktemp("only")
+    shutil.copy(trained / "generator.pt", folder)
+    return folder
+
+
+def pixels(folder):
+    return {p.name: np.asarray(Image.open(p)) for p in folder.iterdir()}
+
+
+def test_image_depends_on_seed_and_number_alone(generator, tmp_path):
+    call("sample.py", "--run", generator, "--num", "70", "--device", "cpu")
+    images = pixels(generator / "images")
+    assert sorted(images) == [f"{i:06d}.png" for i in range(70)]
+    assert images["000000.png"].shape == (16, 16, 3)
+    call("sample.py", "--run", generator / "generator.pt", "--num", "5", "--out", tmp_path / "few", "--device", "cpu")
+    assert all(np.array_equal(image, images[name]) for name, image in pixels(tmp_path / "few").items())
+    call("sample.py", "--run", generator, "--num", "70", "--out", tmp_path / "all.npz", "--device", "cpu")
+    packed = np.load(tmp_path / "all.npz")["images"]
+    assert packed.dtype == np.uint8 and all(np.array_equal(packed[i], images[f"{i:06d}.png"]) for i in range(70))
+    call("sample.py", "--run", generator, "--num", "5", "--out", tmp_path / "few", "--seed", "1", "--device", "cpu")
+    assert not np.array_equal(pixels(tmp_path / "few")["000003.png"], images["000003.png"])
+    assert "already" in call("sample.py", "--run", generator, "--num", "70", "--device", "cpu").stdout
+
+
+def test_pictures(generator, tmp_path):
+    call("sample.py", "--run", generator, "--num", "0", "--grid", "9", "--interpolate", "3", "--labels", "red circle",
+         "--device", "cpu")
+    assert Image.open(generator / "grid.png").size == (48, 48)
+    animation = Image.open(generator / "interpolation.webp")
+    frames, shown = [], 0
+    for i in range(animation.n_frames):  # the encoder joins frames that are alike
+        animation.seek(i)
+        frames.append(np.asarray(animation.convert("RGB"), int))
+        shown += animation.info["duration"]
+    assert animation.size == (256, 256) and shown == 3 * sample.FRAMES * (1000 // sample.FRAMES)
+    moves = [np.abs(a - b).mean() for a, b in zip(frames, frames[1:] + frames[:1])]
+    assert 0 < max(moves) < 40, "small steps, and back to the start"
+
+
+def test_labels(generator, tmp_path):
+    saved = torch.load(generator / "generator.pt", weights_only=True)
+    first, second = saved["classes"][:2]
+    call("sample.py", "--run", generator, "--num", "4", "--labels", f"{first},1", "--out", tmp_path / "a", "--device", "cpu")
+    call("sample.py", "--run", generator, "--num", "4", "--labels", f"0,{second}", "--out", tmp_path / "b", "--device", "cpu")
+    call("sample.py", "--run", generator, "--num", "4", "--labels", "0", "--out", tmp_path / "c", "--device", "cpu")
+    a, b, c = (pixels(tmp_path / name) for name in "abc")
+    assert all(np.array_equal(a[n], b[n]) for n in a)
+    assert np.array_equal(a["000002.png"], c["000002.png"]) and not np.array_equal(a["000001.png"], c["000001.png"])
+    refused("sample.py", "--run", generator, "--labels", "dragon", naming=["--labels", "dragon", "red circle"])
+
+
+def test_truncation_and_walk():
+    z = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    cut = sample.truncated(z, 0.7)
+    assert cut.abs().max() <= 0.7 and torch.equal(cut.argsort(), z.argsort())
+    inside = torch.distributions.Normal(0, 1).sample((400_000,))
+    inside = inside[inside.abs() < 0.7]
+    assert cut.std() == pytest.approx(inside.std().item(), rel=0.02)
+    a, b = torch.randn(100), torch.randn(100)
+    a, b = a / a.norm(), b / b.norm()
+    middle = sample.slerp(a, b, 0.5)
+    assert middle.norm().item() == pytest.approx(1, abs=1e-5) and torch.allclose(middle @ a, middle @ b, atol=1e-5)
+    assert torch.allclose(sample.slerp(a, b, 0.0), a) and torch.allclose(sample.slerp(a, b, 1.0), b, atol=1e-6)
+
+
+def test_refusals(generator, tmp_path):
+    refused("sample.py", "--run", tmp_path / "none", naming=["--run", "none"])
+    (tmp_path / "generator.pt").write_bytes(b"nonsense")
+    refused("sample.py", "--run", tmp_path, naming=["--run", "generator.pt"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    refused("sample.py", "--run", generator, "--out", tmp_path / "mine", naming="--out")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    refused("sample.py", "--run", generator, "--num", "-1", naming="--num")
+    refused("sample.py", "--run", generator, "--truncation", "0", naming="--truncation")

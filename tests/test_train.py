@@ -1,0 +1,300 @@
+"""train.py: networks, objective, what a run leaves behind, precision, processes, and refusals."""
+
+import json
+import math
+import os
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, call, log_of, refused
+from PIL import Image
+
+import train
+
+LOG_KEYS = {"step", "epoch", "images", "loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g",
+            "grad_norm_d", "lr_g", "lr_d", "temperature", "skipped_g", "skipped_d", "ms_per_step", "ms_min", "ms_max",
+            "images_per_second"}
+
+
+def networks(arch="dcgan", size=64, channels=3, width=64, depth=None, latent_dim=100, classes=0):
+    return train.build_networks({"arch": arch, "size": size, "channels": channels, "width": width,
+                                 "depth": depth or train.default_depth(size), "latent_dim": latent_dim,
+                                 "classes": classes})
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("arch", list(train.ARCHITECTURES))
+@pytest.mark.parametrize("size, channels, classes", [(28, 1, 10), (32, 3, 0), (64, 3, 4), (128, 1, 0), (48, 3, 0)])
+def test_shapes_of_networks(arch, size, channels, classes):
+    G, D = networks(arch, size, channels, width=4, latent_dim=7, classes=classes)
+    c = torch.arange(3) % classes if classes else None
+    images = G(torch.randn(3, 7), c)
+    assert images.shape == (3, channels, size, size) and images.abs().max() <= 1
+    assert D(images, c).shape == (3,) and D(images, c).dtype == torch.float32
+
+
+def test_dcgan_is_the_papers():
+    G, D = networks()  # the counts of pytorch/examples' dcgan at 64×64, ngf = ndf = 64, nz = 100
+    assert (count(G), count(D)) == (3_576_704, 2_765_568)
+    weights = [m.weight for m in (*G.modules(), *D.modules())
+               if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
+    assert all(abs(w.std().item() - 0.02) < 0.002 for w in weights)
+
+
+def test_upsample_is_as_described():
+    G, D = networks("upsample")
+    linear = G.layers[0]
+    assert isinstance(linear, torch.nn.Linear) and linear.out_features == 512 * 4 * 4
+    convolutions = [m for m in G.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [(m.in_channels, m.out_channels) for m in convolutions] == [(512, 256), (256, 128), (128, 64), (64, 3)]
+    assert all(m.kernel_size == (3, 3) for m in convolutions)
+    assert {m.momentum for m in G.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.8}
+    kinds = [type(m).__name__ for m in D.features]
+    assert kinds[:4] == ["Conv2d", "LeakyReLU", "Dropout2d", "Identity"]
+    assert kinds[4:] == ["Conv2d", "LeakyReLU", "Dropout2d", "BatchNorm2d"] * 3
+    assert {m.p for m in D.modules() if isinstance(m, torch.nn.Dropout2d)} == {0.25}
+
+
+def test_bce_against_plain_algebra():
+    real, fake = torch.tensor([2.0, -1.0, 0.3]), torch.tensor([-0.5, 1.5, 0.0])
+    args = SimpleNamespace(real_label=0.9, fake_label=0.1)
+    log_p, log_q = (lambda x: -math.log(1 + math.exp(-x))), (lambda x: -math.log(1 + math.exp(x)))
+    expected = (sum(-0.9 * log_p(x) - 0.1 * log_q(x) for x in real.tolist()) / 3
+                + sum(-0.1 * log_p(x) - 0.9 * log_q(x) for x in fake.tolist()) / 3)
+    assert train.bce_d(real, fake, args).item() == pytest.approx(expected, rel=1e-5)
+    assert train.bce_g(fake, args).item() == pytest.approx(sum(-log_p(x) for x in fake.tolist()) / 3, rel=1e-5)
+
+
+def test_classes_reach_both_networks():
+    G, D = networks(size=16, width=4, classes=3)
+    z, x = torch.randn(2, 100), torch.randn(2, 3, 16, 16)
+    assert not torch.equal(G.eval()(z, torch.tensor([0, 1])), G(z, torch.tensor([2, 1])))
+    with torch.no_grad():
+        D.project.weight.normal_()
+    features = D.eval().features(x).mean((2, 3))
+    difference = D(x, torch.tensor([0, 0])) - D(x, torch.tensor([1, 1]))
+    assert torch.allclose(difference, features @ (D.project.weight[0] - D.project.weight[1]), atol=1e-5)
+
+
+def test_schedule():
+    args = SimpleNamespace(schedule="cosine", lr_final=0.05)
+    assert train.learning_rate(2e-4, args, 0, 100) == 2e-4
+    assert train.learning_rate(2e-4, args, 50, 100) == pytest.approx(1.05e-4)
+    assert train.learning_rate(2e-4, args, 100, 100) == pytest.approx(1e-5)
+    assert train.learning_rate(2e-4, SimpleNamespace(schedule="constant"), 70, 100) == 2e-4
+
+
+def test_what_a_run_leaves(trained):
+    lines = log_of(trained)
+    assert [line["step"] for line in lines] == list(range(4, 49, 4))
+    for line in lines:
+        assert set(line) == LOG_KEYS
+        assert all(math.isfinite(v) for k, v in line.items() if k != "temperature")
+        assert line["images"] == 16 * line["step"] and line["ms_min"] <= line["ms_per_step"] <= line["ms_max"]
+    config = json.loads((trained / "config.json").read_text())
+    assert config["options"]["width"] == 8 and config["versions"]["torch"] == torch.__version__
+    status = json.loads((trained / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", 48)
+    assert sorted(p.name for p in (trained / "grids").iterdir()) == ["real.png"] + [
+        f"step_{s:07d}.png" for s in range(8, 49, 8)]
+    assert Image.open(trained / "grids" / "step_0000048.png").size == (128, 128)
+    for name in ("checkpoint.pt", "checkpoint.prev.pt", "generator.pt"):
+        torch.load(trained / name, weights_only=True)
+    said = (trained / "stdout.txt").read_text()
+    assert "step 4/48" in said and "images/s" in said and "skipped  0 updates of G" in said and "ms mean" in said
+    assert not list(trained.rglob("*.tmp"))
+
+
+def test_called_again_it_does_nothing_and_more_epochs_go_on(trained, shapes, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    options = ("--data", shapes, "--out", run, "--condition", "label", *TINY)
+    before = (run / "checkpoint.pt").read_bytes()
+    assert "already" in call("train.py", *options, "--epochs", "3").stdout
+    assert (run / "checkpoint.pt").read_bytes() == before
+    assert "going on" in call("train.py", *options, "--epochs", "4").stdout
+    assert log_of(run)[-1]["step"] == 64 and json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def steps_of(t, n, batch=16):
+    """n steps of train_step on random images, in this process."""
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(n):
+        train.train_step(t, torch.randint(0, 256, (batch, 3, 16, 16), dtype=torch.uint8, generator=rng), None)
+        t.step += 1
+    return t
+
+
+def trainer(tmp_path, *options):
+    args = train.parse_args(["--data", "-", "--out", str(tmp_path), "--width", "8", "--batch-size", "16", *options])
+    images = np.zeros((64, 16, 16, 3), np.uint8)
+    meta = {"size": 16, "channels": 3, "classes": None, "count": 64, "name": "zeros", "fingerprint": ""}
+    return train.set_up(args, images, None, meta, torch.device("cpu"), 0, 1)
+
+
+def test_the_step_is_the_algorithm(tmp_path):
+    """Two steps in fp32 equal the textbook's loop on the same networks, noise and images."""
+    t = trainer(tmp_path, "--amp", "off", "--real-label", "0.9")
+    mine = trainer(tmp_path, "--amp", "off")
+    G, D = mine.g.net, mine.d.net
+    g_opt, d_opt = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (G, D))
+    rng = torch.Generator().manual_seed(1)
+    for step in range(2):
+        images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=rng)
+        torch.manual_seed(train.seed_of(0, step, 0))
+        z = torch.randn(16, 100)
+        fake = G(z)
+        real_logits, fake_logits = D(images.float() / 127.5 - 1), D(fake.detach())
+        loss = F.binary_cross_entropy(real_logits.sigmoid(), torch.full((16,), 0.9)) + F.binary_cross_entropy(
+            fake_logits.sigmoid(), torch.zeros(16))
+        d_opt.zero_grad()
+        loss.backward()
+        d_opt.step()
+        g_opt.zero_grad()
+        F.binary_cross_entropy(D(fake).sigmoid(), torch.ones(16)).backward()
+        g_opt.step()
+    steps_of(t, 2)
+    for net, other in ((t.g.net, G), (t.d.net, D)):
+        for (name, a), b in zip(net.state_dict().items(), other.state_dict().values()):
+            assert torch.allclose(a, b, atol=2e-5), name
+
+
+def test_average_generator(tmp_path):
+    t = trainer(tmp_path, "--amp", "off", "--ema", "0.6")
+    expected = t.g.net.layers[1].weight.detach().clone()
+    for step in range(3):
+        steps_of(t, 1)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * t.g.net.layers[1].weight.detach()
+    assert torch.allclose(t.ema.layers[1].weight, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", [("--real-label", "0.9"), ("--fake-label", "0.1"), ("--lr-g", "1e-3"),
+                                    ("--lr-d", "1e-3"), ("--beta1", "0"), ("--clip-grad", "0.01"), ("--flip",),
+                                    ("--grad-accum", "2"), ("--seed", "1"), ("--amp", "bf16"), ("--amp", "fp16"),
+                                    ("--schedule", "cosine"), ("--latent-dim", "99"), ("--ema", "0.01")])
+def test_each_option_does_something(option, tmp_path):
+    plain, other = (steps_of(trainer(tmp_path, "--amp", "off", *o), 2) for o in ((), option))
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(plain.ema_tensors, other.ema_tensors))
+    assert other.skips[0].sum() == 0 and all(torch.isfinite(x).all() for x in other.ema_tensors)
+
+
+def test_clipping_bounds_the_gradient(tmp_path, monkeypatch):
+    t = trainer(tmp_path, "--amp", "off", "--clip-grad", "0.01")
+    seen = []
+    monkeypatch.setattr(t.g.optimizer, "step", lambda: seen.append(
+        torch.nn.utils.get_total_norm([p.grad for p in t.g.params]).item()))
+    steps_of(t, 1)
+    assert seen[0] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_accumulation_without_batch_statistics_equals_one_batch(tmp_path):
+    whole, parts = (trainer(tmp_path, "--amp", "off", "--grad-accum", n) for n in ("1", "4"))
+    for t in (whole, parts):
+        for net in (t.g.net, t.d.net):
+            for m in net.modules():
+                if isinstance(m, torch.nn.BatchNorm2d):
+                    m.eval()
+        steps_of(t, 2)
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(whole.g_tensors, parts.g_tensors))
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("where", ["loss of D", "gradient of G"])
+def test_bad_numbers_skip_that_network_alone(amp, where, tmp_path, monkeypatch):
+    t = steps_of(trainer(tmp_path, "--amp", amp), 2)
+    before = [x.clone() for net in (t.g.net, t.d.net) for x in net.parameters()]
+    moments = [{k: v.clone() for k, v in t.d.optimizer.state[p].items()} for p in t.d.params]
+    if where == "loss of D":
+        monkeypatch.setitem(train.LOSSES, "bce", (lambda r, f, a: train.bce_d(r, f, a) + math.inf, train.bce_g))
+        bad, good = t.d, t.g
+    else:
+        hook = t.g.params[0].register_hook(lambda grad: grad * math.nan)
+        bad, good = t.g, t.d
+    steps_of(t, 1)
+    now = {"g": t.g, "d": t.d}
+    half = len(t.g.params)
+    same = {name: all(torch.equal(a, b) for a, b in zip(part, now[name].params))
+            for name, part in (("g", before[:half]), ("d", before[half:]))}
+    assert same == {"g": bad is t.g, "d": bad is t.d}
+    if bad is t.d:
+        assert all(torch.equal(v, t.d.optimizer.state[p][k]) for p, m in zip(t.d.params, moments) for k, v in m.items())
+    assert t.skips[0].tolist() == [float(bad is t.g), float(bad is t.d)]
+    assert torch.isfinite(t.sums).all() and t.counts.min() == 2
+    if where == "gradient of G":
+        hook.remove()
+        steps_of(t, 1)
+        assert t.skips[1].tolist() == [0, 0] and t.skips[2].tolist() == [1, 0]
+
+
+def test_steps_wait_for_nothing(tmp_path, monkeypatch):
+    """No value is read back in the step: reading would make the host wait for a GPU."""
+    t = steps_of(trainer(tmp_path), 1)
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, n=name: pytest.fail(f"{n} in the step"))
+    steps_of(t, 1)
+
+
+@pytest.mark.parametrize("options", [("--arch", "upsample", "--amp", "fp16", "--grad-accum", "2"),
+                                     ("--compile", "--amp", "off")])
+def test_whole_runs(options, shapes, tmp_path):
+    call("train.py", "--data", shapes, "--out", tmp_path, "--max-steps", "6", *TINY, *options)
+    assert log_of(tmp_path)[-1]["step"] == 6 and log_of(tmp_path)[-1]["skipped_d"] < 3
+
+
+def test_two_processes(shapes, tmp_path):
+    """gloo, batch normalisation in both networks, accumulation: one model, trained on the same images in the same order."""
+    call(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         os.path.join(os.path.dirname(train.__file__), "train.py"), "--data", shapes, "--out", tmp_path / "two",
+         "--condition", "label", "--arch", "upsample", "--grad-accum", "2", "--amp", "off", "--max-steps", "12", *TINY,
+         OMP_NUM_THREADS="1")
+    lines = log_of(tmp_path / "two")
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
+    assert 0 < lines[-1]["acc_real"] <= 1
+
+
+def test_order_does_not_depend_on_processes(tmp_path):
+    t = trainer(tmp_path)
+    t.images = np.arange(64, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
+    alone = [batch[:, 0, 0, 0].tolist() for batch, _ in train.batches(t, 0, 8)]
+    assert sorted(sum(alone[:4], [])) == list(range(64)) != sum(alone[:4], [])
+    assert alone[:4] != alone[4:]
+    t.world = 2
+    shares = []
+    for t.rank in (0, 1):
+        shares.append([batch[:, 0, 0, 0].tolist() for batch, _ in train.batches(t, 3, 8)])
+    assert [a + b for a, b in zip(*shares)] == alone[3:]
+
+
+def test_refusals(shapes, trained, tmp_path):
+    out = tmp_path / "out"
+    base = ("train.py", "--data", shapes, "--out", out, "--device", "cpu")
+    refused("train.py", "--data", tmp_path / "none", "--out", out, naming=["--data", "prepare_data.py"])
+    refused(*base, "--batch-sise", "3", naming="--batch-sise")
+    refused(*base, "--batch-size", "15", "--grad-accum", "2", naming="--batch-size")
+    refused(*base, "--batch-size", "1000", naming="--batch-size")
+    refused(*base, "--lr-g", "-1", naming="--lr-g")
+    refused(*base, "--depth", "5", naming="--depth")
+    refused(*base, "--device", "cuda:7", naming="--device")
+    refused(*base, "--resume", tmp_path / "none.pt", naming="--resume")
+    assert not out.exists() or not (out / "checkpoint.pt").exists()
+    other = tmp_path / "other"
+    call("prepare_data.py", "shapes", "--out", other, "--size", "32", "--num", "64")
+    run = shutil.copytree(trained, tmp_path / "run")
+    refused("train.py", "--data", other, "--out", run, "--condition", "label", "--epochs", "9", *TINY,
+            naming=["size 16 there, 32 asked", "--out"])
+    refused("train.py", "--data", shapes, "--out", run, "--condition", "label", "--epochs", "9", "--lr-g", "1e-3", *TINY,
+            naming="--lr-g 0.0002 there, 0.001 asked")
+    (tmp_path / "file").write_text("")
+    refused("train.py", "--data", shapes, "--out", tmp_path / "file", naming="--out")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"count": 65}))
+    refused("train.py", "--data", other, "--out", out, naming=["meta.json", "65"])
