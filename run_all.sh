@@ -16,13 +16,14 @@ shift || true
 prepare=() train=() count=2048 real=()
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
-                train=(--condition label --width 32 --epochs 40)
+                train=(--width 64 --width-d 32 --extra-convs 1 --norm-d none --loss relativistic --r1 0.05 --r2 0.05
+                       --lr-g 5e-4 --lr-d 5e-4 --beta1 0 --beta2 0.99 --schedule cosine --lr-final 0.1 --epochs 24)
                 real=(--num-real 2048) ;;
     mnist)      prepare=(mnist --size 28)
-                train=(--condition label --batch-size 64 --epochs 25)
+                train=(--batch-size 64 --epochs 25)
                 real=(--num-real 2048) ;;
     mnist-128)  prepare=(mnist --size 28)
-                train=(--condition label --batch-size 128 --epochs 25)
+                train=(--batch-size 128 --epochs 25)
                 real=(--num-real 2048) ;;
     anime64)    prepare=(folder --size 64)
                 train=(--arch upsample --batch-size 800 --epochs 100 --real-label 0.9 --fake-label 0.1

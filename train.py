@@ -77,11 +77,17 @@ def parse_args(argv=None):
     add("--arch", choices=list(ARCHITECTURES), default="dcgan", help="dcgan: transposed convolutions; upsample: "
         "nearest neighbour and 3×3 convolutions, dropout in D")
     add("--width", type=int, default=64, help="channels at the highest resolution; they double at each halving")
+    add("--width-d", type=int, help="the same of D alone (default: as --width)")
+    add("--extra-convs", type=int, default=0, help="3×3 convolutions more at each resolution of G")
     add("--depth", type=int, help="doublings from the first feature map to the image (default: from 4 to 7 pixels on)")
+    add("--norm-d", choices=["batch", "none"], default="batch", help="normalisation in D; none goes with --r1")
     add("--latent-dim", type=int, default=100, help="numbers in z")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits")
+    add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; relativistic: "
+        "of real against fake in pairs, for --norm-d none with --r1 and --r2")
+    add("--r1", type=float, default=0.0, metavar="GAMMA", help="weight of D's squared gradient at real images")
+    add("--r2", type=float, default=0.0, metavar="GAMMA", help="weight of D's squared gradient at fakes")
     add("--real-label", type=float, default=1.0, help="D's target for real images; 0.9 is one-sided smoothing")
     add("--fake-label", type=float, default=0.0, help="D's target for fakes; 0.1 makes the smoothing two-sided")
 
@@ -114,9 +120,10 @@ def parse_args(argv=None):
     add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there is one; "
         "never: start over and replace what RUN holds; or a checkpoint's path")
     args = parser.parse_args(argv)
-    positive = ("width", "depth", "latent_dim", "batch_size", "epochs", "max_steps", "grad_accum", "max_skips",
+    positive = ("width", "width_d", "depth", "latent_dim", "batch_size", "epochs", "max_steps", "grad_accum", "max_skips",
                 "log_every", "save_every", "grid_every")
-    ranges = {name: (1, 2 ** 31) for name in positive} | {"seed": (0, 2 ** 63), "clip_grad": (1e-12, math.inf)} | {
+    ranges = {name: (1, 2 ** 31) for name in positive} | {
+        "extra_convs": (0, 100), "seed": (0, 2 ** 63), "clip_grad": (1e-12, math.inf), "r1": (0, math.inf), "r2": (0, math.inf)} | {
         name: (0, 1) for name in ("lr_g", "lr_d", "lr_final", "real_label", "fake_label")} | {
         name: (0, 0.999999) for name in ("beta1", "beta2", "ema")}
     for name, (low, high) in ranges.items():
@@ -215,12 +222,12 @@ class Generator(nn.Module):
     condition: class indices (B,) where the network was built with classes, else None.
     """
 
-    def __init__(self, size, channels, width, depth, latent_dim, classes):
+    def __init__(self, size, channels, width, depth, latent_dim, extra_convs, classes):
         super().__init__()
         self.embed = nn.Embedding(classes, EMBEDDING) if classes else None
         inputs = latent_dim + (EMBEDDING if classes else 0)
         widths = [width << i for i in reversed(range(depth))]  # 64×64, width 64: 512, 256, 128, 64
-        self.layers = nn.Sequential(*self.build(inputs, size >> depth, widths, channels), nn.Tanh())
+        self.layers = nn.Sequential(*self.build(inputs, size >> depth, widths, channels, extra_convs), nn.Tanh())
 
     def forward(self, z, condition=None):
         if self.embed is not None:
@@ -234,10 +241,14 @@ class Discriminator(nn.Module):
     Classes are judged by projection (Miyato & Koyama 2018): their embedding times the mean of the last features.
     """
 
-    def __init__(self, size, channels, width, depth, classes):
+    def __init__(self, size, channels, width, depth, norm, classes):
         super().__init__()
         widths = [channels] + [width << i for i in range(depth)]
-        self.features, self.head = self.build(size >> depth, widths)
+        self.features, self.head = self.build(size >> depth, widths, norm == "batch")
+        if norm == "none":  # without it the signal would fade at N(0, 0.02): He et al. 2015
+            for module in self.features.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, 0.2)
         self.project = nn.Embedding(classes, widths[-1]) if classes else None
         if classes:
             nn.init.normal_(self.project.weight, 0, 0.02)
@@ -261,9 +272,12 @@ def dcgan_init(module):
 class DCGANGenerator(Generator):
     """Radford et al. 2016: transposed 4×4 convolutions, batch normalisation, ReLU."""
 
-    def build(self, inputs, base, widths, channels):
+    def build(self, inputs, base, widths, channels, extra):
         def block(a, b, *shape):
-            return nn.ConvTranspose2d(a, b, *shape, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)
+            layers = [nn.ConvTranspose2d(a, b, *shape, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
+            for _ in range(extra):
+                layers += [nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
+            return layers
         layers = [nn.Unflatten(1, (inputs, 1, 1)), *block(inputs, widths[0], base, 1, 0)]
         for a, b in zip(widths, widths[1:]):
             layers += block(a, b, 4, 2, 1)
@@ -274,10 +288,10 @@ class DCGANGenerator(Generator):
 class DCGANDiscriminator(Discriminator):
     """Radford et al. 2016: strided 4×4 convolutions, batch normalisation after the first, LeakyReLU 0.2."""
 
-    def build(self, base, widths):
+    def build(self, base, widths, norm):
         layers = []
         for a, b in zip(widths, widths[1:]):
-            normal = nn.BatchNorm2d(b) if layers else nn.Identity()
+            normal = nn.BatchNorm2d(b) if layers and norm else nn.Identity()
             layers += [nn.Conv2d(a, b, 4, 2, 1, bias=False), normal, nn.LeakyReLU(0.2, True)]
         head = nn.Conv2d(widths[-1], 1, base, bias=False)
         return nn.Sequential(*layers).apply(dcgan_init), head.apply(dcgan_init)
@@ -286,21 +300,22 @@ class DCGANDiscriminator(Discriminator):
 class UpsampleGenerator(Generator):
     """Linear to the first feature map, then nearest-neighbour upsampling and 3×3 convolutions."""
 
-    def build(self, inputs, base, widths, channels):
+    def build(self, inputs, base, widths, channels, extra):
         layers = [nn.Linear(inputs, widths[0] * base * base), nn.Unflatten(1, (widths[0], base, base))]
         for a, b in zip(widths, widths[1:]):
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(a, b, 3, 1, 1), nn.BatchNorm2d(b, momentum=0.8),
-                       nn.LeakyReLU(0.2, True)]
+            layers.append(nn.Upsample(scale_factor=2))
+            for inputs in [a] + [b] * extra:
+                layers += [nn.Conv2d(inputs, b, 3, 1, 1), nn.BatchNorm2d(b, momentum=0.8), nn.LeakyReLU(0.2, True)]
         return layers + [nn.Upsample(scale_factor=2), nn.Conv2d(widths[-1], channels, 3, 1, 1)]
 
 
 class UpsampleDiscriminator(Discriminator):
     """Strided 3×3 convolutions, LeakyReLU 0.2, dropout of a quarter of the maps, batch normalisation from block 2."""
 
-    def build(self, base, widths):
+    def build(self, base, widths, norm):
         layers = []
         for a, b in zip(widths, widths[1:]):
-            normal = nn.BatchNorm2d(b, momentum=0.8) if layers else nn.Identity()
+            normal = nn.BatchNorm2d(b, momentum=0.8) if layers and norm else nn.Identity()
             layers += [nn.Conv2d(a, b, 3, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout2d(0.25), normal]
         return nn.Sequential(*layers), nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * base * base, 1))
 
@@ -309,10 +324,11 @@ ARCHITECTURES = {"dcgan": (DCGANGenerator, DCGANDiscriminator), "upsample": (Ups
 
 
 def build_networks(model):
-    """(G, D) from {arch, size, channels, width, depth, latent_dim, classes}, as stored in checkpoints."""
-    shape = {k: v for k, v in model.items() if k not in ("arch", "latent_dim")}
+    """(G, D) from the model's options, as stored in checkpoints: see set_up()."""
     generator, discriminator = ARCHITECTURES[model["arch"]]
-    return generator(latent_dim=model["latent_dim"], **shape), discriminator(**shape)
+    both = {k: model[k] for k in ("size", "channels", "depth", "classes")}
+    return (generator(width=model["width"], latent_dim=model["latent_dim"], extra_convs=model["extra_convs"], **both),
+            discriminator(width=model["width_d"], norm=model["norm_d"], **both))
 
 
 def load_generator(path, device="cpu"):
@@ -334,12 +350,28 @@ def bce_d(real, fake, args):
             + F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, args.fake_label)))
 
 
-def bce_g(fake, args):
-    """Non-saturating loss of G: -log D(G(z))."""
+def bce_g(fake, real, args):
+    """Non-saturating loss of G: -log D(G(z)); real is not looked at."""
     return F.softplus(-fake).mean()
 
 
-LOSSES = {"bce": (bce_d, bce_g)}
+def relativistic_d(real, fake, args):
+    """D on pairs of real and fake (Jolicoeur-Martineau 2019; with R1 and R2: Huang et al. 2024)."""
+    return F.softplus(fake - real).mean()
+
+
+def relativistic_g(fake, real, args):
+    """G's side of the pairs."""
+    return F.softplus(real - fake).mean()
+
+
+def gradient_penalty(logits, images):
+    """Mean squared norm of D's gradient by its input (Mescheder et al. 2018): R1 at real images, R2 at fakes."""
+    gradient, = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return gradient.float().square().sum((1, 2, 3)).mean()
+
+
+LOSSES = {"bce": (bce_d, bce_g), "relativistic": (relativistic_d, relativistic_g)}
 
 
 def learning_rate(base, args, step, total):
@@ -551,12 +583,21 @@ def train_step(t, images, labels):
         with t.autocast():
             with torch.set_grad_enabled(keep_graph):
                 fake = G(z, c)
-            real_logits, fake_logits = D(x, c), D(fake.detach(), c)
-        loss = d_loss(real_logits, fake_logits, args) / len(parts)
+            x.requires_grad_(args.r1 > 0)
+            still = fake.detach().requires_grad_(args.r2 > 0)
+            real_logits, fake_logits = D(x, c), D(still, c)
+        loss = d_loss(real_logits, fake_logits, args)
+        if args.r1:
+            loss = loss + args.r1 / 2 * gradient_penalty(real_logits, x)
+        if args.r2:
+            loss = loss + args.r2 / 2 * gradient_penalty(fake_logits, still)
+        loss = loss / len(parts)
         t.d.scaler.scale(loss).backward()
         seen["loss_d"] += loss.detach()
-        seen["acc_real"] += (real_logits > 0).float().mean() / len(parts)
-        seen["acc_fake"] += (fake_logits < 0).float().mean() / len(parts)
+        # a relativistic D has no zero: what counts is the side of the middle
+        middle = (real_logits.mean() + fake_logits.mean()) / 2 if args.loss == "relativistic" else 0
+        seen["acc_real"] += (real_logits > middle).float().mean() / len(parts)
+        seen["acc_fake"] += (fake_logits < middle).float().mean() / len(parts)
     seen["grad_norm_d"], skipped_d = update(t, t.d, seen["loss_d"])
 
     # G: make D take G(z) for real; D's weights need no gradient for that
@@ -566,7 +607,9 @@ def train_step(t, images, labels):
             if not keep_graph:
                 fake = G(z, c)
             fake_logits = D(fake, c)
-        loss = g_loss(fake_logits, args) / len(parts)
+            with torch.no_grad():
+                real_logits = D(x, c) if args.loss == "relativistic" else None
+        loss = g_loss(fake_logits, real_logits, args) / len(parts)
         t.g.scaler.scale(loss).backward()
         seen["loss_g"] += loss.detach()
         seen["reward"] += fake_logits.detach().sigmoid().mean() / len(parts)
@@ -611,7 +654,7 @@ def update(t, side, loss):
 
 
 def record(t, values, skipped):
-    """Add a step's values to the interval's sums, non-finite ones aside, and count skipped updates in all and in a row."""
+    """Add a step's values to the interval's sums, non-finite ones aside, and count skipped updates."""
     finite = torch.isfinite(values)
     t.sums += torch.where(finite, values, 0)
     t.counts += finite
@@ -677,8 +720,8 @@ def log_interval(t, times):
     t.ms += ms
     mean = {name: s / c if c else None for name, s, c in zip(STATS, sums, counts)}  # None: never finite, see skipped_*
     lr_g, lr_d = (side.optimizer.param_groups[0]["lr"] for side in (t.g, t.d))
-    t.last = {"step": t.step, "epoch": round(t.step / t.steps_per_epoch, 4), "images": t.step * t.args.batch_size, **mean,
-              "lr_g": lr_g, "lr_d": lr_d, "temperature": None, "skipped_g": int(skips[0][0]),
+    t.last = {"step": t.step, "epoch": round(t.step / t.steps_per_epoch, 4), "images": t.step * t.args.batch_size,
+              **mean, "lr_g": lr_g, "lr_d": lr_d, "temperature": None, "skipped_g": int(skips[0][0]),
               "skipped_d": int(skips[0][1]), "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
               "images_per_second": 1000 * t.args.batch_size * len(ms) / sum(ms)}
     if t.rank == 0:
@@ -692,8 +735,8 @@ def log_interval(t, times):
                   + f"  {t.last['images_per_second']:.0f} images/s", flush=True)
     if max(skips[2]) >= t.args.max_skips:
         name, rate = ("G", "--lr-g") if skips[2][0] >= skips[2][1] else ("D", "--lr-d")
-        raise Diverged(f"{int(max(skips[2]))} updates of {name} in a row were not finite at step {t.step}: try a smaller "
-                       f"{rate}, --clip-grad 1, or --amp {'off' if t.amp == 'bf16' else 'bf16 or off'}")
+        raise Diverged(f"{int(max(skips[2]))} updates of {name} in a row were not finite at step {t.step}: try a "
+                       f"smaller {rate}, --clip-grad 1, or --amp {'off' if t.amp == 'bf16' else 'bf16 or off'}")
 
 
 class Diverged(Exception):
@@ -727,7 +770,8 @@ def make_grid(pixels, columns=8):
 def trim_log(path, step):
     """Keep the lines of log.jsonl up to a step: what came after it is about to be trained again."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a killed write may be half a line
+        # a killed write may have left half a line
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         with whole_file(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
@@ -787,8 +831,9 @@ def set_up(args, images, labels, meta, device, rank, world):
         fail(f"--batch-size {args.batch_size}: {args.data} has only {len(images)} images")
     if args.batch_size % (world * args.grad_accum):
         fail(f"--batch-size {args.batch_size}: not divisible by {world} processes × {args.grad_accum} (--grad-accum)")
-    model = {"arch": args.arch, "size": size, "channels": meta["channels"], "width": args.width, "depth": args.depth,
-             "latent_dim": args.latent_dim, "classes": classes}
+    args.width_d = args.width_d or args.width
+    model = {k: getattr(args, k) for k in ("arch", "width", "width_d", "depth", "extra_convs", "latent_dim", "norm_d")}
+    model |= {"size": size, "channels": meta["channels"], "classes": classes}
     steps_per_epoch = len(images) // args.batch_size
     schedule_steps = args.epochs * steps_per_epoch
 
@@ -796,6 +841,8 @@ def set_up(args, images, labels, meta, device, rank, world):
     G, D = (net.to(device, memory_format=torch.channels_last) for net in build_networks(model))
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     amp = find_precision(args.amp, device)
+    if amp == "fp16" and (args.r1 or args.r2):  # squared gradients leave its range
+        fail(f"--amp {args.amp}: fp16 does not go with --r1 or --r2; use --amp bf16 or off")
 
     def side(net, lr):
         params = list(net.parameters())
@@ -817,7 +864,8 @@ def set_up(args, images, labels, meta, device, rank, world):
         schedule_steps=schedule_steps, total=min(schedule_steps, args.max_steps or schedule_steps),
         sums=torch.zeros(len(STATS), device=device), counts=torch.zeros(len(STATS), device=device),
         skips=torch.zeros(3, 2, device=device),  # in all, in a row, longest row of the interval; of G, of D
-        grid_z=latents(args.seed, range(GRID), args.latent_dim).to(device), grid_condition=grid_labels, ms=[], last=None)
+        grid_z=latents(args.seed, range(GRID), args.latent_dim).to(device), grid_condition=grid_labels,
+        ms=[], last=None)
 
 
 def describe(t):
@@ -862,7 +910,8 @@ def main():
         del state, found
     if args.compile:
         t.g.net.compile()
-        t.d.net.compile()
+        if not (args.r1 or args.r2):  # torch.compile has no double backward
+            t.d.net.compile()
     if rank == 0:
         begin(t, path)
     if t.step >= t.total:

@@ -21,8 +21,10 @@ LOG_KEYS = {"step", "epoch", "images", "loss_g", "loss_d", "acc_real", "acc_fake
             "images_per_second"}
 
 
-def networks(arch="dcgan", size=64, channels=3, width=64, depth=None, latent_dim=100, classes=0):
-    return train.build_networks({"arch": arch, "size": size, "channels": channels, "width": width,
+def networks(arch="dcgan", size=64, channels=3, width=64, depth=None, latent_dim=100, norm_d="batch",
+             extra_convs=0, classes=0):
+    return train.build_networks({"arch": arch, "size": size, "channels": channels, "width": width, "width_d": width,
+                                 "extra_convs": extra_convs, "norm_d": norm_d,
                                  "depth": depth or train.default_depth(size), "latent_dim": latent_dim,
                                  "classes": classes})
 
@@ -70,7 +72,19 @@ def test_bce_against_plain_algebra():
     expected = (sum(-0.9 * log_p(x) - 0.1 * log_q(x) for x in real.tolist()) / 3
                 + sum(-0.1 * log_p(x) - 0.9 * log_q(x) for x in fake.tolist()) / 3)
     assert train.bce_d(real, fake, args).item() == pytest.approx(expected, rel=1e-5)
-    assert train.bce_g(fake, args).item() == pytest.approx(sum(-log_p(x) for x in fake.tolist()) / 3, rel=1e-5)
+    assert train.bce_g(fake, None, args).item() == pytest.approx(sum(-log_p(x) for x in fake.tolist()) / 3, rel=1e-5)
+
+
+def test_relativistic_and_penalties_against_plain_algebra(tmp_path):
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([-0.5, 1.5])
+    expected = (math.log(1 + math.exp(-2.5)) + math.log(1 + math.exp(2.5))) / 2
+    assert train.relativistic_d(real, fake, None).item() == pytest.approx(expected, rel=1e-5)
+    assert train.relativistic_g(fake, real, None).item() == pytest.approx(
+        (math.log(1 + math.exp(2.5)) + math.log(1 + math.exp(-2.5))) / 2, rel=1e-5)
+    x, w = torch.randn(4, 3, 8, 8, requires_grad=True), torch.randn(3, 8, 8)
+    assert train.gradient_penalty((w * x).sum((1, 2, 3)), x).item() == pytest.approx(w.square().sum().item(), rel=1e-5)
+    D = networks(size=16, width=4, norm_d="none")[1]
+    assert not [m for m in D.modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
 
 def test_classes_reach_both_networks():
@@ -179,7 +193,9 @@ def test_average_generator(tmp_path):
 @pytest.mark.parametrize("option", [("--real-label", "0.9"), ("--fake-label", "0.1"), ("--lr-g", "1e-3"),
                                     ("--lr-d", "1e-3"), ("--beta1", "0"), ("--clip-grad", "0.01"), ("--flip",),
                                     ("--grad-accum", "2"), ("--seed", "1"), ("--amp", "bf16"), ("--amp", "fp16"),
-                                    ("--schedule", "cosine"), ("--latent-dim", "99"), ("--ema", "0.01")])
+                                    ("--schedule", "cosine"), ("--latent-dim", "99"), ("--loss", "relativistic"), ("--r1", "1"),
+                                    ("--r2", "1"), ("--norm-d", "none"), ("--extra-convs", "1"),
+                                    ("--width-d", "4"), ("--ema", "0.01")])
 def test_each_option_does_something(option, tmp_path):
     plain, other = (steps_of(trainer(tmp_path, "--amp", "off", *o), 2) for o in ((), option))
     assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(plain.ema_tensors, other.ema_tensors))
@@ -283,6 +299,7 @@ def test_refusals(shapes, trained, tmp_path):
     refused(*base, "--batch-size", "1000", naming="--batch-size")
     refused(*base, "--lr-g", "-1", naming="--lr-g")
     refused(*base, "--depth", "5", naming="--depth")
+    refused(*base, "--amp", "fp16", "--r1", "1", naming=["--amp", "--r1"])
     refused(*base, "--device", "cuda:7", naming="--device")
     refused(*base, "--resume", tmp_path / "none.pt", naming="--resume")
     assert not out.exists() or not (out / "checkpoint.pt").exists()

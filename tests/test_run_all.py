@@ -1,0 +1,87 @@
+"""run_all.sh: one command that goes on where it stopped, and does nothing when it is done."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, call
+from test_evaluate import weights  # noqa: F401  a fixture
+
+TINY = ("--width", "8", "--epochs", "1", "--max-steps", "30", "--log-every", "10", "--device", "cpu")
+
+
+def environment(tmp_path):
+    return {"PYTHON": sys.executable, "DATA": str(tmp_path / "data"), "RUN": str(tmp_path / "run")}
+
+
+@pytest.mark.skipif("RUN_SLOW" not in os.environ, reason="minutes of Inception: RUN_SLOW=1 runs it")
+def test_whole_chain_then_nothing_to_do(weights, tmp_path):  # noqa: F811
+    said = call("bash", ROOT / "run_all.sh", "shapes", *TINY, **environment(tmp_path)).stdout
+    assert "FID" in said and "generated 2048, real 2048" in said and "report.html" in said
+    start = time.time()
+    again = call("bash", ROOT / "run_all.sh", "shapes", *TINY, **environment(tmp_path)).stdout
+    assert "nothing to do" in again and len(again.splitlines()) == 1 and time.time() - start < 5
+    # a call with other options is not the finished one, and train.py says what differs
+    other = call("bash", ROOT / "run_all.sh", "shapes", *TINY, "--lr-g", "1", status=2, **environment(tmp_path)).stderr
+    assert "--lr-g 0.0002 there, 1.0 asked" in other
+
+
+def test_interrupted_it_goes_on(tmp_path):
+    """SIGTERM in training saves and exits 75; the next call starts at that step, and a second one is told who runs."""
+    command = ["bash", str(ROOT / "run_all.sh"), "shapes", "--width", "8", "--log-every", "10", "--device", "cpu"]
+    settings = os.environ | environment(tmp_path)
+    first = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.time() + 90
+    while not (log.exists() and log.read_text()) and time.time() < deadline:
+        time.sleep(0.2)
+    second = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert second.returncode == 75 and f"process {first.pid}" in second.stderr
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 75, err
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "interrupted" and status["step"] >= 10
+    third = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in third.stdout:
+        if "going on from" in line:
+            assert f"steps {status['step']} to" in line
+            break
+    third.send_signal(signal.SIGTERM)
+    third.communicate(timeout=60)
+    assert third.returncode == 75
+
+
+def test_mistakes(tmp_path):
+    for words, naming in ((["dragons"], "dragons is not a recipe"), (["folder"], "ROOT")):
+        done = call("bash", ROOT / "run_all.sh", *words, status=2, **environment(tmp_path))
+        assert naming in done.stderr and len(done.stderr.splitlines()) == 1
+    done = call("bash", ROOT / "run_all.sh", "shapes", status=2, **environment(tmp_path) | {"PYTHON": "/bin/false"})
+    assert "PYTHON=/bin/false" in done.stderr
+    assert not (tmp_path / "run").exists()
+    call("bash", ROOT / "run_all.sh", "shapes", "--lr-g", "-1", status=2, **environment(tmp_path))
+
+
+@pytest.mark.parametrize("recipe", ["mnist", "mnist-128", "anime64", "celeba64", "folder", "shapes"])
+def test_recipes_are_options_that_exist(recipe, tmp_path):
+    """Each recipe's calls, read off the shell as it would run them, are accepted by the scripts."""
+    import prepare_data
+    import train
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\ncase "$1" in -c) echo 0;; *) echo "$@" >>"$RUN/calls";; esac\n')
+    stub.chmod(0o755)
+    settings = environment(tmp_path) | {"PYTHON": str(stub), "ROOT": str(tmp_path)}
+    call("bash", ROOT / "run_all.sh", recipe, **settings)
+    calls = [line.split() for line in (tmp_path / "run" / "calls").read_text().splitlines()]
+    assert [os.path.basename(c[0]) for c in calls] == ["prepare_data.py", "train.py", "sample.py", "evaluate.py"]
+    assert prepare_data.parse_args(calls[0][1:]).out == settings["DATA"]
+    args = train.parse_args(calls[1][1:])
+    expected = {"mnist": (64, 25), "mnist-128": (128, 25), "anime64": (800, 100), "celeba64": (128, 200)}
+    if recipe in expected:
+        assert (args.batch_size, args.epochs) == expected[recipe]
+    if recipe == "anime64":
+        assert args.lr_final * args.lr_g == pytest.approx(1e-5) and (args.real_label, args.fake_label) == (0.9, 0.1)
