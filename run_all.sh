@@ -1,15 +1,24 @@
 #!/usr/bin/env bash
+#SBATCH --job-name=gan
+#SBATCH --output=slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
 # Prepare, train, sample and score, each where it is not done yet. Called again it goes on where it stopped.
 #
 #     bash run_all.sh                                 # the embedded data set, a few minutes on a laptop
 #     ROOT=faces.zip bash run_all.sh folder           # your images: a folder, .zip or .tar(.gz)
 #     bash run_all.sh mnist --epochs 10               # what follows the recipe goes to train.py
+#     sbatch --gres=gpu:8 run_all.sh anime64          # as a job, on one or --nodes=2; requeued at its time limit
+#     */10 * * * * cd ~/gan && bash run_all.sh mnist >>cron.log 2>&1
 #     bash run_all.sh tests                           # set up and run the tests
 #
 # Environment: PYTHON (an interpreter that has the packages), ROOT (where the source's files are), DATA and RUN (where
 # the arrays and the run go). Exit status: 0 finished, 2 a mistake in the call, 75 interrupted or in use: call again.
 set -euo pipefail
-here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[ -f "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-$here}  # SLURM runs a copy of this file
+mistake() { echo "run_all.sh: $1" >&2; exit 2; }
 
 recipe=${1:-shapes}
 shift || true
@@ -36,13 +45,11 @@ case $recipe in
                 train=(--batch-size 64 --epochs 200 --flip --save-every 500)
                 real=(--num-real 2048) ;;
     tests)      ;;
-    *)          echo "run_all.sh: $recipe is not a recipe: shapes, mnist, mnist-128, anime64, celeba64, folder (or tests)" >&2
-                exit 2 ;;
+    *)          mistake "$recipe is not a recipe: shapes, mnist, mnist-128, anime64, celeba64, folder (or tests)" ;;
 esac
 data=${DATA:-data/${recipe%-*}} run=${RUN:-runs/$recipe}
-case ${prepare[0]-} in
-    folder)     [ -n "${ROOT-}" ] || { echo "run_all.sh: ROOT is missing: ROOT=faces.zip bash run_all.sh $recipe" >&2; exit 2; } ;;
-esac
+[ "${prepare[0]-}" != folder ] || [ -n "${ROOT-}" ] ||
+    mistake "ROOT is missing, the images: ROOT=faces.zip bash run_all.sh $recipe"
 [ -z "${ROOT-}" ] || prepare+=(--root "$ROOT")
 call="$recipe ${prepare[*]-} $*"
 
@@ -56,13 +63,14 @@ has='import importlib.util as u, sys
 sys.exit(any(u.find_spec(p) is None for p in "torch torchvision numpy PIL pytorch_fid tqdm matplotlib pytest".split()))'
 if [ -n "${PYTHON-}" ]; then
     python=$PYTHON
-    "$python" -c "$has" || { echo "run_all.sh: PYTHON=$PYTHON lacks packages: $PYTHON -m pip install -r requirements.txt" >&2; exit 2; }
+    "$python" -c "$has" || mistake "PYTHON=$PYTHON lacks packages: $PYTHON -m pip install -r requirements.txt"
 elif [ -f "$here/.venv/complete" ]; then
     python=$here/.venv/bin/python
 elif python3 -c "$has" 2>/dev/null; then
     python=python3
 else
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "run_all.sh: needs Python 3.11 or later as python3, or one named by PYTHON=" >&2; exit 2; }
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        mistake "needs Python 3.11 or later as python3, or named by PYTHON="
     echo "installing the packages of requirements.txt into .venv (once)"
     python3 -m venv "$here/.venv"
     "$here/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
@@ -84,23 +92,40 @@ echo "run_all.sh, process $$ on $(uname -n) since $(date '+%Y-%m-%d %H:%M:%S')" 
 
 # Signals go to the stage that runs: train.py saves and leaves, the others drop what is half done.
 child='' stopped=''
-trap 'stopped=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' INT TERM USR1
+stop() {
+    stopped=$1
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+}
+leave() {
+    echo "run_all.sh: interrupted by SIG$stopped; the same command goes on" >&2
+    # SIGUSR1 is the warning before the time limit that #SBATCH --signal asks for; after scancel nothing is to go on
+    [ "$stopped" != USR1 ] || [ -z "${SLURM_JOB_ID-}" ] || scontrol requeue "$SLURM_JOB_ID"
+    exit 75
+}
+for name in INT TERM USR1; do trap "stop $name" "$name"; done
 stage() {
     local status=0
-    [ -z "$stopped" ] || exit 75
+    [ -z "$stopped" ] || leave
     "$@" & child=$!
     wait "$child" || status=$?
-    while kill -0 "$child" 2>/dev/null; do status=0; wait "$child" || status=$?; done
+    while kill -0 "$child" 2>/dev/null; do status=0; wait "$child" || status=$?; done  # a trap ends wait early
     child=''
-    [ -z "$stopped" ] || { echo "run_all.sh: interrupted; the same command goes on" >&2; exit 75; }
+    [ -z "$stopped" ] || leave
     return "$status"
 }
 
 stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-launch=("$python")
-[ "$gpus" -lt 2 ] || launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus")
-stage "${launch[@]}" "$here/train.py" --data "$data" --out "$run" "${train[@]}" "$@"
+launch=("$python") nodes=${SLURM_NNODES:-1} torchrun=("$python" -m torch.distributed.run)
+[ "$gpus" -lt 2 ] || launch=("${torchrun[@]}" --standalone --nproc_per_node="$gpus")
+[ "$nodes" -lt 2 ] || launch=(srun --nodes="$nodes" --ntasks="$nodes" "${torchrun[@]}" --nnodes="$nodes"
+    --nproc_per_node="$((gpus > 0 ? gpus : 1))" --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID"
+    --rdzv-endpoint="$(scontrol show hostnames | head -n 1):29500")
+stage "${launch[@]}" "$here/train.py" --data "$data" --out "$run" "${train[@]}" "$@" || {
+    status=$?  # torchrun makes 1 of every failure: status.json knows better
+    grep -q '"state": "interrupted"' "$run/status.json" 2>/dev/null && exit 75
+    exit "$status"
+}
 stage "$python" "$here/sample.py" --run "$run" --num "$count" --grid --interpolate 8
 stage "$python" "$here/evaluate.py" --run "$run" ${real[@]+"${real[@]}"}
 echo "$call" >"$run/done"

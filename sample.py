@@ -49,9 +49,9 @@ def parse_args(argv=None):
                          "training data)")
     add("--truncation", type=float, help="largest |z|, from a truncated normal: below 2, safer images that vary less")
     add = parser.add_argument_group("pictures, beside the images").add_argument
-    add("--grid", nargs="?", type=int, const=64, help="grid.png of the first so many images (64 where no number is given)")
-    add("--interpolate", type=int, metavar="POINTS", help="interpolation.png and .webp: a spherical walk through so many "
-                                                          "latents and back")
+    add("--grid", nargs="?", type=int, const=64, help="grid.png of the first so many images (64 without a number)")
+    add("--interpolate", type=int, metavar="POINTS", help="interpolation.png and .webp: a spherical walk through so "
+                                                          "many latents and back")
     args = parser.parse_args(argv)
     for name, low, high in (("num", 0, 10 ** 8), ("seed", 0, 2 ** 63), ("grid", 1, 10 ** 4),
                             ("interpolate", 2, 10 ** 3)):
@@ -70,7 +70,7 @@ def truncated(z, limit):
 
 
 def slerp(a, b, share):
-    """The point `share` of the way from a to b (vectors) on a great circle, its length between theirs (Shoemake 1985)."""
+    """The point `share` of the way from vector a to b along a great circle (Shoemake 1985)."""
     angle = torch.arccos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
     if angle.sin().abs() < 1e-6:
         return torch.lerp(a, b, share)
@@ -154,7 +154,8 @@ def write_walk(args, folder, generator, saved, device):
     frames = [Image.fromarray(p.squeeze()).resize((p.shape[1] * scale, p.shape[0] * scale), Image.Resampling.NEAREST)
               for p in pixels]
     with whole_file(folder / "interpolation.webp") as file:
-        frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=1000 // FRAMES, loop=0, quality=90)
+        frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=1000 // FRAMES, loop=0,
+                       quality=90)
     print(f"{folder / 'interpolation.png'}, {folder / 'interpolation.webp'}: {args.interpolate} latents and between")
 
 
@@ -194,13 +195,12 @@ def main():
     except (OSError, ValueError):
         done = False
 
+    def draw(numbers):
+        return generate(generator, get_latents(args, saved, numbers), draw_labels(args, saved, numbers), device)
+
     def blocks():
-        bar = tqdm(total=args.num, unit="img", disable=None)
-        for first in range(0, args.num, BLOCK):
-            numbers = range(first, min(first + BLOCK, args.num))
-            yield first, generate(generator, get_latents(args, saved, numbers), draw_labels(args, saved, numbers), device)
-            bar.update(len(numbers))
-        bar.close()
+        for first in tqdm(range(0, args.num, BLOCK), unit_scale=BLOCK, unit="img", disable=None):
+            yield first, draw(range(first, min(first + BLOCK, args.num)))
 
     try:
         if args.num and done:
@@ -211,10 +211,8 @@ def main():
             write_json(record, request)
             print(f"{out}: {args.num} images of step {saved['step']}")
         if args.grid:
-            numbers = range(args.grid)
-            pixels = generate(generator, get_latents(args, saved, numbers), draw_labels(args, saved, numbers), device)
             with whole_file(folder / "grid.png") as file:
-                make_grid(pixels, columns=min(math.ceil(math.sqrt(args.grid)), 32)).save(file, "PNG")
+                make_grid(draw(range(args.grid)), columns=min(math.ceil(math.sqrt(args.grid)), 32)).save(file, "PNG")
             print(f"{folder / 'grid.png'}: the first {args.grid} images")
         if args.interpolate:
             write_walk(args, folder, generator, saved, device)

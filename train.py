@@ -84,8 +84,8 @@ def parse_args(argv=None):
     add("--latent-dim", type=int, default=100, help="numbers in z")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; relativistic: "
-        "of real against fake in pairs, for --norm-d none with --r1 and --r2")
+    add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; "
+        "relativistic: of real against fake in pairs, for --norm-d none with --r1 and --r2")
     add("--r1", type=float, default=0.0, metavar="GAMMA", help="weight of D's squared gradient at real images")
     add("--r2", type=float, default=0.0, metavar="GAMMA", help="weight of D's squared gradient at fakes")
     add("--real-label", type=float, default=1.0, help="D's target for real images; 0.9 is one-sided smoothing")
@@ -120,10 +120,11 @@ def parse_args(argv=None):
     add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there is one; "
         "never: start over and replace what RUN holds; or a checkpoint's path")
     args = parser.parse_args(argv)
-    positive = ("width", "width_d", "depth", "latent_dim", "batch_size", "epochs", "max_steps", "grad_accum", "max_skips",
-                "log_every", "save_every", "grid_every")
+    positive = ("width", "width_d", "depth", "latent_dim", "batch_size", "epochs", "max_steps", "grad_accum",
+                "max_skips", "log_every", "save_every", "grid_every")
     ranges = {name: (1, 2 ** 31) for name in positive} | {
-        "extra_convs": (0, 100), "seed": (0, 2 ** 63), "clip_grad": (1e-12, math.inf), "r1": (0, math.inf), "r2": (0, math.inf)} | {
+        "extra_convs": (0, 100), "seed": (0, 2 ** 63), "clip_grad": (1e-12, math.inf), "r1": (0, math.inf),
+        "r2": (0, math.inf)} | {
         name: (0, 1) for name in ("lr_g", "lr_d", "lr_final", "real_label", "fake_label")} | {
         name: (0, 0.999999) for name in ("beta1", "beta2", "ema")}
     for name, (low, high) in ranges.items():
@@ -942,8 +943,8 @@ def begin(t, path):
         make_grid(t.images[first[:: max(1, len(first) // GRID)][:GRID]]).save(file, "PNG")
     write_status(t, "running")
     parameters = [sum(p.numel() for p in side.params) / 1e6 for side in (t.g, t.d)]
-    print(f"{t.out}: {t.args.arch} {t.meta['size']}×{t.meta['size']}×{t.meta['channels']}, G {parameters[0]:.2f} M and "
-          f"D {parameters[1]:.2f} M parameters; {len(t.images)} images; steps {t.step} to {t.total} of "
+    print(f"{t.out}: {t.args.arch} {t.meta['size']}×{t.meta['size']}×{t.meta['channels']}, G {parameters[0]:.2f} M "
+          f"and D {parameters[1]:.2f} M parameters; {len(t.images)} images; steps {t.step} to {t.total} of "
           f"{t.args.batch_size} images; {t.device} × {t.world}, "
           f"{'fp32' if t.amp == 'off' else t.amp}" + (f"; going on from {path}" if path else ""), flush=True)
 
