@@ -26,7 +26,7 @@ prepare=() train=() count=2048 real=()
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
                 train=(--width 64 --width-d 32 --extra-convs 1 --norm-d none --loss relativistic --r1 0.05 --r2 0.05
-                       --lr-g 5e-4 --lr-d 5e-4 --beta1 0 --beta2 0.99 --schedule cosine --lr-final 0.1 --epochs 24)
+                       --lr-g 5e-4 --lr-d 5e-4 --beta1 0 --beta2 0.99 --epochs 22)
                 real=(--num-real 2048) ;;
     mnist)      prepare=(mnist --size 28)
                 train=(--batch-size 64 --epochs 25)
