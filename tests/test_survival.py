@@ -210,12 +210,11 @@ def test_processes_leave_together_and_their_number_may_change(shapes, tmp_path):
     for number, step in ((signal.SIGUSR1, 10), (signal.SIGTERM, 40)):
         process = start(shapes, tmp_path, *options, launch=torchrun)
         wait_for_step(tmp_path, step, process)
-        workers = [pid for pid in children(process.pid) if children(pid) or True]
-        os.kill(workers[-1], number)  # not the one that writes
+        os.kill(children(process.pid)[-1], number)  # not the one that writes
         _, error = process.communicate(timeout=60)
         assert status(tmp_path)["state"] == "interrupted", error
         assert train.load_file(tmp_path / "checkpoint.pt")["step"] == status(tmp_path)["step"] >= step
-        assert "Traceback" not in error.replace("Traceback : Signal", ""), error
+        assert 'train.py", line' not in error, error  # torchrun's own traceback is its word for any status but 0
     process = start(shapes, tmp_path, *options)
     step = status(tmp_path)["step"]
     assert f"steps {step} to 480" in process.communicate(timeout=120)[0]

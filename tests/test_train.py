@@ -290,14 +290,16 @@ def test_order_does_not_depend_on_processes(tmp_path):
     assert [a + b for a, b in zip(*shares)] == alone[3:]
 
 
-def test_refusals(shapes, trained, tmp_path):
+def test_refusals(shapes, trained, tmp_path, capsys):
     out = tmp_path / "out"
     base = ("train.py", "--data", shapes, "--out", out, "--device", "cpu")
     refused("train.py", "--data", tmp_path / "none", "--out", out, naming=["--data", "prepare_data.py"])
-    refused(*base, "--batch-sise", "3", naming="--batch-sise")
     refused(*base, "--batch-size", "15", "--grad-accum", "2", naming="--batch-size")
     refused(*base, "--batch-size", "1000", naming="--batch-size")
-    refused(*base, "--lr-g", "-1", naming="--lr-g")
+    for option, value in (("--batch-sise", "3"), ("--lr-g", "-1"), ("--loss", "hope"), ("--save-every", "0")):
+        with pytest.raises(SystemExit, match="2"):
+            train.parse_args(["--data", "-", "--out", "-", option, value])
+        assert option in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
     refused(*base, "--depth", "5", naming="--depth")
     refused(*base, "--amp", "fp16", "--r1", "1", naming=["--amp", "--r1"])
     refused(*base, "--device", "cuda:7", naming="--device")
