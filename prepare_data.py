@@ -395,7 +395,7 @@ def main():
         meta = write_arrays(decode_all(items, args), total, partial, args)
         os.rename(partial, out)
     except OSError as error:  # a full disk, a folder that may not be written
-        sys.exit(f"prepare_data.py: {error}")
+        sys.exit(f"prepare_data.py: {error.strerror or error}: {error.filename or out}")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for entry in meta["skipped"][:5]:

@@ -3,14 +3,18 @@
 import io
 import json
 import os
+import signal
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
-from conftest import SHARED, call, need, refused
+from conftest import ROOT, SHARED, call, need, refused
 from PIL import Image
 
 import prepare_data
@@ -154,6 +158,19 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     refused("prepare_data.py", "shapes", "--out", out, "--sise", "8", naming="--sise")
     refused("prepare_data.py", "shapes", "--out", tmp_path / "bad", naming="--out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "empty", "not.zip"]
+
+
+def test_a_full_disk_or_a_signal_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    command = ["shapes", "--size", "32", "--num", "100000", "--out", tmp_path / "out"]
+    done = call("bash", "-c", 'ulimit -f 200; exec "$@"', "-", sys.executable, ROOT / "prepare_data.py", *command, status=1)
+    assert done.stderr.strip() == f"prepare_data.py: File too large: {tmp_path / 'out'}"
+    process = subprocess.Popen([sys.executable, str(ROOT / "prepare_data.py"), *map(str, command)])
+    while not (tmp_path / "out.partial").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def test_downloads_say_what_failed(tmp_path):
