@@ -16,6 +16,7 @@ import html
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def open_images(option, path):
             return np.load(path / "images.npy", mmap_mode="r")
         if path.is_dir():
             files = sorted(f for f in path.iterdir() if f.suffix.lower() in EXTENSIONS)
-            return files or fail(f"{option} {path}: no images in this folder")
+            return files if len(files) > 1 else fail(f"{option} {path}: {len(files)} images in this folder, not 2")
         if path.suffix not in (".npz", ".npy"):
             fail(f"{option} {path}: {'neither a folder nor an .npz' if path.exists() else 'no such file or directory'}")
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)
@@ -161,8 +162,8 @@ def open_images(option, path):
             loaded = loaded["images" if "images" in loaded else loaded.files[0]]
     except (OSError, ValueError, zipfile.BadZipFile, IndexError, EOFError) as error:
         fail(f"{option} {path}: cannot be read ({error})")
-    if loaded.ndim != 4 or loaded.dtype != np.uint8 or loaded.shape[3] not in (1, 3) or not len(loaded):
-        fail(f"{option} {path}: {loaded.dtype} {loaded.shape} instead of uint8 (N, H, W, 1 or 3)")
+    if loaded.ndim != 4 or loaded.dtype != np.uint8 or loaded.shape[3] not in (1, 3) or len(loaded) < 2:
+        fail(f"{option} {path}: {loaded.dtype} {loaded.shape} instead of uint8 (N, H, W, 1 or 3) with N > 1")
     return loaded
 
 
@@ -175,7 +176,10 @@ def inception_features(network, images, device, indices=None):
         if isinstance(images, np.ndarray):
             pixels = images[np.sort(index)]
         else:
-            pixels = [np.asarray(Image.open(images[i]).convert("RGB")) for i in index]
+            try:
+                pixels = [np.asarray(Image.open(images[i]).convert("RGB")) for i in index]
+            except (OSError, ValueError) as error:
+                fail(f"{images[0].parent}: not all of it can be read as images ({error})")
             if len({p.shape for p in pixels}) > 1:
                 fail(f"{images[0].parent}: images of different sizes")
             pixels = np.stack(pixels)
@@ -411,6 +415,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.num_real is not None and args.num_real < 2:
         fail(f"--num-real {args.num_real}: must be at least 2")
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        fail(f"--out {args.out}: {Path(args.out).parent} is not a folder")
     if args.run and not (Path(args.run) / "config.json").exists():
         fail(f"--run {args.run}: not a run (no config.json); train.py makes it")
     if args.run is None and args.images is None:
@@ -424,6 +430,7 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
     start = time.perf_counter()
     run, config = Path(args.run) if args.run else None, {}
     if run:

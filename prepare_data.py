@@ -9,6 +9,7 @@ nothing is done.
 """
 
 import argparse
+import glob
 import hashlib
 import io
 import itertools
@@ -315,6 +316,17 @@ def write_text(path, text):
         os.fsync(file.fileno())
 
 
+def alive(pid):
+    """Whether a process of this number runs here."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def source_options(args):
     """The options that decide what DATA holds."""
     return {k: v for k, v in vars(args).items() if k not in ("out", "workers", "strict")}
@@ -371,7 +383,10 @@ def main():
     args = parse_args()
     out = Path(args.out)
     if (out / "meta.json").exists():
-        there = json.loads((out / "meta.json").read_text())
+        try:
+            there = json.loads((out / "meta.json").read_text())
+        except (OSError, ValueError) as error:
+            fail(f"--out {out}: meta.json cannot be read ({error}): delete the folder or choose another --out")
         asked = source_options(args)
         changed = [f"--{k} {there['source'].get(k)} there, {asked[k]} asked" for k in asked
                    if there["source"].get(k) != asked[k]]
@@ -386,15 +401,19 @@ def main():
     else:
         total, items = (folder_source if args.source == "folder" else torchvision_source)(args)
     total, items = min(total, args.num or total), itertools.islice(items, args.num)
-    partial = out.with_name(out.name + ".partial")
+    for left in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):  # by a process that was killed
+        if not alive(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     for number in (signal.SIGTERM, signal.SIGINT):  # so that `finally` runs
         signal.signal(number, lambda n, _: sys.exit(128 + n))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         meta = write_arrays(decode_all(items, args), total, partial, args)
         os.rename(partial, out)
     except OSError as error:  # a full disk, a folder that may not be written
+        if (out / "meta.json").exists():
+            fail(f"--out {out} was made by another process meanwhile: call again to compare the options")
         sys.exit(f"prepare_data.py: {error.strerror or error}: {error.filename or out}")
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -9,7 +9,7 @@
 #     bash run_all.sh                                 # the embedded data set, a few minutes on a laptop
 #     ROOT=faces.zip bash run_all.sh folder           # your images: a folder, .zip or .tar(.gz)
 #     bash run_all.sh mnist --epochs 10               # what follows the recipe goes to train.py
-#     sbatch --gres=gpu:8 run_all.sh anime64          # as a job, on one or --nodes=2; requeued at its time limit
+#     ROOT=faces.zip sbatch --gres=gpu:8 run_all.sh anime64   # a job, on one or --nodes=2; requeued at its time limit
 #     */10 * * * * cd ~/gan && bash run_all.sh mnist >>cron.log 2>&1
 #     bash run_all.sh tests                           # set up and run the tests
 #
@@ -53,14 +53,16 @@ data=${DATA:-data/${recipe%-*}} run=${RUN:-runs/$recipe}
 [ -z "${ROOT-}" ] || prepare+=(--root "$ROOT")
 call="$recipe ${prepare[*]-} $*"
 
-if [ -f "$run/done" ] && [ "$(cat "$run/done")" = "$call" ] && [ "$run/done" -nt "$run/generator.pt" ]; then
+if [ -f "$run/generator.pt" ] && [ -f "$run/report.html" ] && [ "$run/done" -nt "$run/generator.pt" ] &&
+    [ "$(cat "$run/done")" = "$call" ]; then
     echo "$run is finished: report $run/report.html, pictures $run/images; nothing to do"
     exit 0
 fi
 
 # The packages: in PYTHON, in the python3 at hand, or in .venv, which is made here.
-has='import importlib.util as u, sys
-sys.exit(any(u.find_spec(p) is None for p in "torch torchvision numpy PIL pytorch_fid tqdm matplotlib pytest".split()))'
+has='import importlib.metadata as m, importlib.util as u, sys
+sys.exit(any(u.find_spec(p) is None for p in "torch torchvision numpy PIL pytorch_fid tqdm matplotlib pytest".split())
+         or [int(n) for n in m.version("torch").split(".")[:2]] < [2, 10])'
 if [ -n "${PYTHON-}" ]; then
     python=$PYTHON
     "$python" -c "$has" || mistake "PYTHON=$PYTHON lacks packages: $PYTHON -m pip install -r requirements.txt"
@@ -84,7 +86,11 @@ fi
 
 mkdir -p "$run"
 exec 9>>"$run/run_all.lock"
-"$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || {
+"$python" -c '
+import fcntl, sys
+try: fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: sys.exit(1)
+except OSError as error: print("run_all.sh: no lock on this file system:", error, file=sys.stderr)' || {
     echo "run_all.sh: $run is in use by $(tail -n 1 "$run/run_all.lock")" >&2
     exit 75
 }
@@ -99,7 +105,7 @@ stop() {
 leave() {
     echo "run_all.sh: interrupted by SIG$stopped; the same command goes on" >&2
     # SIGUSR1 is the warning before the time limit that #SBATCH --signal asks for; after scancel nothing is to go on
-    [ "$stopped" != USR1 ] || [ -z "${SLURM_JOB_ID-}" ] || scontrol requeue "$SLURM_JOB_ID"
+    [ "$stopped" != USR1 ] || [ -z "${SLURM_JOB_ID-}" ] || scontrol requeue "$SLURM_JOB_ID" || true
     exit 75
 }
 for name in INT TERM USR1; do trap "stop $name" "$name"; done
@@ -107,6 +113,7 @@ stage() {
     local status=0
     [ -z "$stopped" ] || leave
     "$@" & child=$!
+    [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null || true  # it came before there was a child
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do status=0; wait "$child" || status=$?; done  # a trap ends wait early
     child=''
@@ -123,7 +130,7 @@ launch=("$python") nodes=${SLURM_NNODES:-1} torchrun=("$python" -m torch.distrib
     --rdzv-endpoint="$(scontrol show hostnames | head -n 1):29500")
 stage "${launch[@]}" "$here/train.py" --data "$data" --out "$run" "${train[@]}" "$@" || {
     status=$?  # torchrun makes 1 of every failure: status.json knows better
-    grep -q '"state": "interrupted"' "$run/status.json" 2>/dev/null && exit 75
+    [ "$run/status.json" -nt "$run/run_all.lock" ] && grep -q '"state": "interrupted"' "$run/status.json" && exit 75
     exit "$status"
 }
 stage "$python" "$here/sample.py" --run "$run" --num "$count" --grid --interpolate 8

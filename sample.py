@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +40,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists the options)")
     add = parser.add_argument_group("run").add_argument
-    add("--run", required=True, metavar="RUN", help="folder of a run, or a generator's file such as RUN/best.pt")
+    add("--run", required=True, metavar="RUN", help="folder of a run, or a generator's file")
     add("--out", metavar="PATH", help="folder of numbered PNGs, or a file ending in .npz (default: RUN/images)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add = parser.add_argument_group("images").add_argument
@@ -120,7 +121,7 @@ def write_png(path, pixels):
     Image.fromarray(pixels.squeeze()).save(path, compress_level=4)
 
 
-def write_images(args, out, blocks):
+def write_images(out, blocks):
     """Blocks of (first number, pixels (n, H, W, C)) into a folder of PNGs or an .npz; appears whole or not at all."""
     if out.suffix == ".npz":
         with whole_file(out) as file:
@@ -149,7 +150,7 @@ def write_walk(args, folder, generator, saved, device):
     labels = draw_labels(args, saved, range(1))
     pixels = generate(generator, torch.stack(steps), labels.expand(len(steps)) if labels is not None else None, device)
     with whole_file(folder / "interpolation.png") as file:
-        make_grid(pixels[::FRAMES // 4], columns=2 * 4).save(file, "PNG")
+        make_grid(pixels[::FRAMES // 4]).save(file, "PNG")
     scale = max(1, 256 // pixels.shape[1])
     frames = [Image.fromarray(p.squeeze()).resize((p.shape[1] * scale, p.shape[0] * scale), Image.Resampling.NEAREST)
               for p in pixels]
@@ -166,6 +167,7 @@ def get_latents(args, saved, numbers):
 
 def main():
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
     path = Path(args.run)
     path = path / "generator.pt" if path.is_dir() else path
     folder = path.parent
@@ -185,6 +187,9 @@ def main():
         parse_labels(args.labels, saved["classes"])  # a typing error before any work
     if out.is_dir() and not all(re.fullmatch(r"\d{6,}\.png", name) for name in os.listdir(out)):
         fail(f"--out {out} holds other files than numbered PNGs: choose another folder")
+
+    if not out.parent.is_dir():
+        fail(f"--out {out}: {out.parent} is not a folder")
 
     # beside images/, so that images/ holds nothing but PNGs
     record = out.with_name(out.name + ".json")
@@ -207,7 +212,7 @@ def main():
             print(f"{out} already holds these {args.num} images")
         elif args.num:
             record.unlink(missing_ok=True)
-            write_images(args, out, blocks())
+            write_images(out, blocks())
             write_json(record, request)
             print(f"{out}: {args.num} images of step {saved['step']}")
         if args.grid:

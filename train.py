@@ -5,7 +5,7 @@
     python train.py --data data/shapes --out runs/shapes --epochs 50      # called again: goes on where it stopped
 
 RUN/ then holds config.json, checkpoint.pt, generator.pt (all that sample.py needs), log.jsonl, status.json, grids/.
-SIGINT, SIGTERM and SIGUSR1 finish the step, save and exit with 75; the same command resumes, bit for bit.
+SIGINT, SIGTERM and SIGUSR1 finish the step, save and exit with 75; the same command resumes, on a CPU bit for bit.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import math
 import os
 import pickle
 import platform
-import shutil
 import signal
 import socket
 import sys
@@ -41,7 +40,7 @@ from tqdm import tqdm
 EMBEDDING = 64  # numbers that a class becomes in G
 GRID = 64  # images in a sample grid, 8 a row
 STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "grad_norm_d")
-# options that a resumed run may change: they decide where and how long, not what is learned
+# options that a resumed run may change: where, how long and how it is watched (a cosine then ends with the new length)
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device", "compile",
         "max_skips"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -181,7 +180,9 @@ def batches(t, start, stop):
         # a channels-last view, no copy
         return rows.permute(0, 3, 1, 2), None if labels is None else to_device(labels[index], t.device)
 
-    with ThreadPoolExecutor(1) as thread:
+    # a thread starts on GPU 0, where another process's memory would be taken
+    settle = (torch.cuda.set_device, (t.device,)) if t.device.type == "cuda" else (None, ())
+    with ThreadPoolExecutor(1, "batches", *settle) as thread:
         ahead = thread.submit(gather, start)
         for step in range(start, stop):
             batch = ahead.result()
@@ -472,14 +473,14 @@ def save(t):
     pool(t)
     if t.rank != 0:
         return
+    write_torch(t.out / "generator.pt", {  # first: a run whose checkpoint says "finished" has its generator
+        "generator": t.ema.state_dict(), "model": t.model, "step": t.step, "seed": t.args.seed,
+        "name": str(t.meta["name"]), "classes": t.meta["classes"] if t.model["classes"] else None,
+        "class_counts": None if t.labels is None else np.bincount(t.labels, minlength=t.model["classes"]).tolist()})
     write_torch(t.out / "checkpoint.next.pt", checkpoint(t))
     if (t.out / "checkpoint.pt").exists():
         os.replace(t.out / "checkpoint.pt", t.out / "checkpoint.prev.pt")
     os.replace(t.out / "checkpoint.next.pt", t.out / "checkpoint.pt")
-    write_torch(t.out / "generator.pt", {
-        "generator": t.ema.state_dict(), "model": t.model, "step": t.step, "seed": t.args.seed,
-        "name": str(t.meta["name"]), "classes": t.meta["classes"] if t.model["classes"] else None,
-        "class_counts": None if t.labels is None else np.bincount(t.labels, minlength=t.model["classes"]).tolist()})
 
 
 def find_checkpoint(args, out):
@@ -502,6 +503,7 @@ def find_checkpoint(args, out):
             continue
         if errors:
             print(f"train.py: {errors[0]}; going on from {path} instead", file=sys.stderr, flush=True)
+            (out / "checkpoint.pt").unlink()  # or the next save would put it in the place of the good one
         return state, path
     if errors:
         fail(f"no checkpoint can be read: {'; '.join(errors)}; start over with --resume never")
@@ -540,8 +542,8 @@ def restore(t, state):
 class Signals:
     """Notes SIGINT, SIGTERM and SIGUSR1; `agreed()` tells, alike on all processes, which one ends the run, or 0."""
 
-    def __init__(self):
-        self.received, self.group, self.pending = 0, None, None
+    def __init__(self, group):
+        self.received, self.group, self.pending = 0, group, None
         for number in SIGNALS:
             signal.signal(number, self.note)
 
@@ -578,6 +580,7 @@ def train_step(t, images, labels):
                        for x in (to_float(images, args.flip), labels, z))))
     keep_graph = len(parts) == 1  # one pass of G serves both updates; the graphs of several parts would fill the memory
     seen = dict.fromkeys(STATS, 0.0)
+    statistics = [b.clone() for b in t.g_buffers]
 
     # D: tell x from G(z)
     for x, c, z in parts:
@@ -593,7 +596,7 @@ def train_step(t, images, labels):
         if args.r2:
             loss = loss + args.r2 / 2 * gradient_penalty(fake_logits, still)
         loss = loss / len(parts)
-        t.d.scaler.scale(loss).backward()
+        t.d.scaler.scale(loss).backward(inputs=t.d.params)
         seen["loss_d"] += loss.detach()
         # a relativistic D has no zero: what counts is the side of the middle
         middle = (real_logits.mean() + fake_logits.mean()) / 2 if args.loss == "relativistic" else 0
@@ -617,6 +620,8 @@ def train_step(t, images, labels):
     D.requires_grad_(True)
     seen["grad_norm_g"], skipped_g = update(t, t.g, seen["loss_g"])
 
+    for now, before in zip(t.g_buffers, statistics):  # of a batch that was skipped nothing is to stay
+        torch.where(skipped_g > 0, before, now, out=now)
     decay = min(args.ema, (1 + t.step) / (10 + t.step))  # short at first, so that the first weights are forgotten
     torch._foreach_lerp_(t.ema_tensors, t.g_tensors, 1 - decay)
     record(t, torch.stack([seen[name] for name in STATS]), torch.stack([skipped_g, skipped_d]))
@@ -737,7 +742,8 @@ def log_interval(t, times):
     if max(skips[2]) >= t.args.max_skips:
         name, rate = ("G", "--lr-g") if skips[2][0] >= skips[2][1] else ("D", "--lr-d")
         raise Diverged(f"{int(max(skips[2]))} updates of {name} in a row were not finite at step {t.step}: try a "
-                       f"smaller {rate}, --clip-grad 1, or --amp {'off' if t.amp == 'bf16' else 'bf16 or off'}")
+                       f"smaller {rate}, --clip-grad 1, or --amp {'off' if t.amp == 'bf16' else 'bf16 or off'}, in "
+                       f"another --out or with --resume never")
 
 
 class Diverged(Exception):
@@ -795,8 +801,13 @@ def summary(t, seconds):
 
 def find_device(name):
     """The device of this process; a GPU each under torchrun."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1 and name.startswith("cuda:"):
+        fail(f"--device {name}: {processes} processes would share it; use --device cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and 0 < torch.cuda.device_count() < processes:
+        fail(f"{processes} processes (--nproc_per_node) for {torch.cuda.device_count()} GPUs")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -843,7 +854,7 @@ def set_up(args, images, labels, meta, device, rank, world):
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     amp = find_precision(args.amp, device)
     if amp == "fp16" and (args.r1 or args.r2):  # squared gradients leave its range
-        fail(f"--amp {args.amp}: fp16 does not go with --r1 or --r2; use --amp bf16 or off")
+        amp = "off" if args.amp == "auto" else fail("--amp fp16 does not go with --r1 or --r2; use --amp bf16 or off")
 
     def side(net, lr):
         params = list(net.parameters())
@@ -861,7 +872,8 @@ def set_up(args, images, labels, meta, device, rank, world):
     return SimpleNamespace(
         args=args, out=Path(args.out), device=device, rank=rank, world=world, amp=amp, autocast=autocast,
         images=images, labels=labels, meta=meta, model=model, g=side(G, args.lr_g), d=side(D, args.lr_d), ema=ema,
-        g_tensors=floats(G), ema_tensors=floats(ema), step=0, steps_per_epoch=steps_per_epoch,
+        g_buffers=[b for b in G.buffers() if b.is_floating_point()], g_tensors=floats(G), ema_tensors=floats(ema),
+        step=0, steps_per_epoch=steps_per_epoch,
         schedule_steps=schedule_steps, total=min(schedule_steps, args.max_steps or schedule_steps),
         sums=torch.zeros(len(STATS), device=device), counts=torch.zeros(len(STATS), device=device),
         skips=torch.zeros(3, 2, device=device),  # in all, in a row, longest row of the interval; of G, of D
@@ -887,8 +899,7 @@ def main():
     images, labels, meta = load_data(args.data, args.condition)
     device = find_device(args.device)
     t = set_up(args, images, labels, meta, device, rank, world)
-    signals = Signals()
-    held = None
+    held = group = None
     if rank == 0:
         try:
             (t.out / "grids").mkdir(parents=True, exist_ok=True)
@@ -897,14 +908,14 @@ def main():
             fail(f"--out {t.out}: {error.strerror}")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        signals.group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo")
 
     # the first process reads the checkpoint for all: RUN need not be visible on every node
     found = [find_checkpoint(args, t.out) if rank == 0 else None]
     if rank == 0 and found[0][0] is not None:
         check_same(t, *found[0])
     if world > 1:
-        dist.broadcast_object_list(found, 0, signals.group)
+        dist.broadcast_object_list(found, 0, group)
     state, path = found[0]
     if state is not None:
         restore(t, state)
@@ -913,15 +924,14 @@ def main():
         t.g.net.compile()
         if not (args.r1 or args.r2):  # torch.compile has no double backward
             t.d.net.compile()
-    if rank == 0:
-        begin(t, path)
     if t.step >= t.total:
+        write_status(t, "finished")
         if rank == 0:
             print(f"{t.out} is already trained: {t.step} steps of {t.total}")
     else:
-        run(t, signals)
+        run(t, Signals(group), path)
     if world > 1:
-        dist.barrier(signals.group)
+        dist.barrier(group)
         dist.destroy_process_group()
 
 
@@ -930,12 +940,10 @@ def begin(t, path):
     for leftover in [*t.out.glob("*.tmp"), *t.out.glob("grids/*.tmp"), *t.out.glob("checkpoint.next.pt")]:
         leftover.unlink()
     if path is None:  # a fresh start leaves nothing of an earlier run
-        for name in ("checkpoint.pt", "checkpoint.prev.pt", "generator.pt", "best.pt", "error.pt", "log.jsonl"):
-            (t.out / name).unlink(missing_ok=True)
-        shutil.rmtree(t.out / "grids")
-        (t.out / "grids").mkdir()
-    if t.step >= t.total:
-        return write_status(t, "finished")
+        names = ["log.jsonl"] + ["checkpoint.pt", "checkpoint.prev.pt", "generator.pt", "error.pt"] * (
+            t.args.resume == "never")
+        for old in [t.out / name for name in names] + list(t.out.glob("grids/step_*.png")):
+            old.unlink(missing_ok=True)
     trim_log(t.out / "log.jsonl", t.step)
     write_json(t.out / "config.json", describe(t))
     with whole_file(t.out / "grids" / "real.png") as file:
@@ -949,11 +957,13 @@ def begin(t, path):
           f"{'fp32' if t.amp == 'off' else t.amp}" + (f"; going on from {path}" if path else ""), flush=True)
 
 
-def run(t, signals):
+def run(t, signals, path):
     """Train, and leave RUN/ in a state that says how it ended."""
     start = time.perf_counter()
     t.bar = tqdm(total=t.total, initial=t.step, unit="step", disable=None if t.rank == 0 else True)
     try:
+        if t.rank == 0:
+            begin(t, path)
         number = train(t, signals)
     except Diverged as error:
         fail_run(t, error)
@@ -971,7 +981,8 @@ def run(t, signals):
         write_status(t, "interrupted", signal=signal.Signals(number).name)
         if t.world > 1:
             dist.barrier(signals.group)  # the one that writes is not left behind
-        fail(f"{signal.Signals(number).name}: saved at step {t.step} of {t.total}; the same command goes on", TRY_AGAIN)
+        fail(f"{signal.Signals(number).name}: saved at step {t.step} of {t.total}; the same command goes on"
+             + ("" if t.args.resume == "auto" else " with --resume auto"), TRY_AGAIN)
     write_status(t, "finished", seconds=round(time.perf_counter() - start, 1))
     if t.rank == 0:
         print(summary(t, time.perf_counter() - start), flush=True)
@@ -979,12 +990,12 @@ def run(t, signals):
 
 def fail_run(t, error):
     """Write error.pt and status.json, unless another process has: the first to fail knows the cause."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(Exception):  # a dead GPU or disk is not to hide the error itself
         if json.loads((t.out / "status.json").read_text())["state"] != "failed":
-            write_torch(t.out / "error.pt", checkpoint(t))
             t.rank = 0
             write_status(t, "failed", error=f"{type(error).__name__}: {error}",
                          traceback="".join(traceback.format_exception(error)))
+            write_torch(t.out / "error.pt", checkpoint(t))
 
 
 if __name__ == "__main__":

@@ -302,6 +302,7 @@ def test_refusals(shapes, trained, tmp_path, capsys):
         assert option in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
     refused(*base, "--depth", "5", naming="--depth")
     refused(*base, "--amp", "fp16", "--r1", "1", naming=["--amp", "--r1"])
+    refused(*base, "--device", "cuda:0", LOCAL_WORLD_SIZE="2", naming="--device")
     refused(*base, "--device", "cuda:7", naming="--device")
     refused(*base, "--resume", tmp_path / "none.pt", naming="--resume")
     assert not out.exists() or not (out / "checkpoint.pt").exists()
