@@ -54,6 +54,8 @@ def test_interrupted_it_goes_on(tmp_path):
     third.send_signal(signal.SIGTERM)
     third.communicate(timeout=60)
     assert third.returncode == 75
+    # a mistake after an interruption is a mistake, not one more interruption
+    assert subprocess.run([*command, "--lr-g", "1"], env=settings, capture_output=True).returncode == 2
 
 
 def test_mistakes(tmp_path):

@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, call, log_of, refused
 
 import train
 
-KILLS = int(os.environ.get("KILLS", 6))  # the torture test's; 100 in its longer form
+KILLS = int(os.environ.get("KILLS", 4))  # the torture test's; 100 in its longer form
 TIMES = ("ms_per_step", "ms_min", "ms_max", "images_per_second")
 # all that draws random numbers: dropout, flips, noise, labels, accumulation
 OPTIONS = ("--condition", "label", "--arch", "upsample", "--flip", "--grad-accum", "2", "--width", "8", "--batch-size",

@@ -98,6 +98,11 @@ def test_classes_reach_both_networks():
     assert torch.allclose(difference, features @ (D.project.weight[0] - D.project.weight[1]), atol=1e-5)
 
 
+def test_auto_precision_with_penalties_avoids_fp16(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "find_precision", lambda name, device: "fp16")
+    assert trainer(tmp_path).amp == "fp16" and trainer(tmp_path, "--r1", "1").amp == "off"
+
+
 def test_schedule():
     args = SimpleNamespace(schedule="cosine", lr_final=0.05)
     assert train.learning_rate(2e-4, args, 0, 100) == 2e-4
@@ -248,6 +253,16 @@ def test_bad_numbers_skip_that_network_alone(amp, where, tmp_path, monkeypatch):
         hook.remove()
         steps_of(t, 1)
         assert t.skips[1].tolist() == [0, 0] and t.skips[2].tolist() == [1, 0]
+
+
+def test_a_bad_forward_pass_leaves_no_trace_in_the_average(tmp_path):
+    t = steps_of(trainer(tmp_path, "--amp", "off"), 2)
+    before = [x.clone() for x in t.g_tensors]
+    hook = t.g.net.layers[1].register_forward_hook(lambda module, inputs, output: output * math.nan)
+    steps_of(t, 1)
+    hook.remove()
+    assert t.skips[0].tolist() == [1, 1] and all(torch.equal(a, b) for a, b in zip(before, t.g_tensors))
+    assert all(torch.isfinite(x).all() for x in steps_of(t, 1).ema_tensors)
 
 
 def test_steps_wait_for_nothing(tmp_path, monkeypatch):
