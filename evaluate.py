@@ -152,7 +152,7 @@ def open_images(option, path):
             return np.load(path / "images.npy", mmap_mode="r")
         if path.is_dir():
             files = sorted(f for f in path.iterdir() if f.suffix.lower() in EXTENSIONS)
-            return files if len(files) > 1 else fail(f"{option} {path}: {len(files)} images in this folder, not 2")
+            return files if len(files) > 1 else fail(f"{option} {path}: {len(files)} images here; it takes 2 or more")
         if path.suffix not in (".npz", ".npy"):
             fail(f"{option} {path}: {'neither a folder nor an .npz' if path.exists() else 'no such file or directory'}")
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)
@@ -242,7 +242,9 @@ def real_statistics(network, args, weights, device):
     except (OSError, ValueError, KeyError) as error:
         fail(f"--data {args.data}: meta.json cannot be read ({error}); make the folder with prepare_data.py")
     order = np.random.default_rng(0).permutation(len(images))
-    n = min(args.num_real or len(images), len(images))
+    n = args.num_real or len(images)
+    if n > len(images):
+        fail(f"--num-real {n}: {args.data} has only {len(images)} images")
     path = Path(args.data) / f"fid_{n}.npz"
     about = f"{fingerprint} {weights.name}"
     real = None
@@ -466,8 +468,8 @@ def main():
     metrics = {"fid": {"value": frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"]),
                        "n_generated": n_fake, "n_real": n_real, "protocol": protocol}, "warnings": []}
     if "features" in fake and "features" in real:
-        mean, std = kernel_distance(fake["features"], real["features"])
-        size = min(KID_SIZE, n_fake, len(real["features"]))
+        size = max(2, min(KID_SIZE, n_fake // 2, len(real["features"]) // 2))  # or all subsets would be alike
+        mean, std = kernel_distance(fake["features"], real["features"], size=size)
         metrics["kid"] = {"value": mean, "std": std, "n_generated": n_fake, "n_real": len(real["features"]),
                           "protocol": f"{KID_SUBSETS} subsets of {size}, cubic kernel, unbiased"}
     if "floor" in real:

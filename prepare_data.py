@@ -281,7 +281,7 @@ def write_arrays(results, total, folder, args):
         assert file.tell() == start, "numpy's header changed its length"
         os.fsync(file.fileno())
     if not labels:
-        fail(f"{args.root or args.source}: not one usable image"
+        fail(f"{f'--root {args.root}' if args.root else args.source}: not one usable image"
              + (f"; the first of {len(skipped)} skipped: {skipped[0]['file']!a}: {skipped[0]['reason']}"
                 if skipped else f" (looked for {' '.join(sorted(EXTENSIONS))})"))
 
@@ -376,7 +376,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Defaults in the help, the docstring as it stands."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def main():

@@ -60,7 +60,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Defaults in the help, the docstring as it stands."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def parse_args(argv=None):
@@ -925,7 +925,6 @@ def main():
         if not (args.r1 or args.r2):  # torch.compile has no double backward
             t.d.net.compile()
     if t.step >= t.total:
-        write_status(t, "finished")
         if rank == 0:
             print(f"{t.out} is already trained: {t.step} steps of {t.total}")
     else:
@@ -977,7 +976,7 @@ def run(t, signals, path):
         raise
     finally:
         t.bar.close()
-    if number:
+    if number and t.step < t.total:
         write_status(t, "interrupted", signal=signal.Signals(number).name)
         if t.world > 1:
             dist.barrier(signals.group)  # the one that writes is not left behind
