@@ -903,7 +903,7 @@ def main():
     if rank == 0:
         try:
             (t.out / "grids").mkdir(parents=True, exist_ok=True)
-            held = lock(t.out)
+            held = lock(t.out)  # for as long as this file is open
         except OSError as error:
             fail(f"--out {t.out}: {error.strerror}")
     if world > 1:

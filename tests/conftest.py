@@ -50,6 +50,18 @@ TINY = ("--width", "8", "--batch-size", "16", "--log-every", "4", "--save-every"
 
 
 @pytest.fixture(scope="session")
+def weights():
+    """Inception's weights as evaluate.py finds or fetches them."""
+    import evaluate
+    try:
+        return evaluate.find_weights()
+    except SystemExit:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip("Inception's weights cannot be had here")
+
+
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """DATA of 256 drawn shapes, 16×16, with labels."""
     out = tmp_path_factory.mktemp("data") / "shapes"

@@ -4,29 +4,16 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-import torch
-from conftest import call, need, refused
+from conftest import call, refused
 from PIL import Image
 
 import evaluate
 
 rng = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="session")
-def weights():
-    """Inception's weights as evaluate.py finds or fetches them."""
-    try:
-        return evaluate.find_weights()
-    except SystemExit:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip("Inception's weights cannot be had here")
 
 
 def features(n, d, shift=0.0):

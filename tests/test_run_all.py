@@ -9,7 +9,6 @@ import time
 
 import pytest
 from conftest import ROOT, call
-from test_evaluate import weights  # noqa: F401  a fixture
 
 TINY = ("--width", "8", "--epochs", "1", "--max-steps", "30", "--log-every", "10", "--device", "cpu")
 
@@ -19,7 +18,7 @@ def environment(tmp_path):
 
 
 @pytest.mark.skipif("RUN_SLOW" not in os.environ, reason="minutes of Inception: RUN_SLOW=1 runs it")
-def test_whole_chain_then_nothing_to_do(weights, tmp_path):  # noqa: F811
+def test_whole_chain_then_nothing_to_do(weights, tmp_path):
     said = call("bash", ROOT / "run_all.sh", "shapes", *TINY, **environment(tmp_path)).stdout
     assert "FID" in said and "generated 2048, real 2048" in said and "report.html" in said
     start = time.time()

@@ -235,10 +235,10 @@ def test_bad_numbers_skip_that_network_alone(amp, where, tmp_path, monkeypatch):
     moments = [{k: v.clone() for k, v in t.d.optimizer.state[p].items()} for p in t.d.params]
     if where == "loss of D":
         monkeypatch.setitem(train.LOSSES, "bce", (lambda r, f, a: train.bce_d(r, f, a) + math.inf, train.bce_g))
-        bad, good = t.d, t.g
+        bad = t.d
     else:
         hook = t.g.params[0].register_hook(lambda grad: grad * math.nan)
-        bad, good = t.g, t.d
+        bad = t.g
     steps_of(t, 1)
     now = {"g": t.g, "d": t.d}
     half = len(t.g.params)
