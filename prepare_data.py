@@ -38,6 +38,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 MAX_FILE_BYTES = 1 << 29  # a zip member larger than this is a bomb, not a picture
 CHUNK = 32  # images a task: large enough that passing them costs little beside decoding
+stopped = []  # signals received; looked at between images, since raising within a process pool can deadlock it
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (240, 205, 40),
@@ -218,10 +219,16 @@ def decode(items, args):
     return results
 
 
+def die_by_signals():
+    """In a worker: the parent's Ctrl-C is the parent's business, and what ends a worker ends it at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def decode_all(items, args):
     """Results of `decode` in order, from all cores, with a bounded number of images under way."""
     items, window = iter(items), deque()
-    with ProcessPoolExecutor(args.workers) as pool:
+    with ProcessPoolExecutor(args.workers, initializer=die_by_signals) as pool:
         try:
             while chunk := list(itertools.islice(items, CHUNK)):
                 window.append(pool.submit(decode, chunk, args))
@@ -266,6 +273,8 @@ def write_arrays(results, total, folder, args):
         header(0)
         start = file.tell()
         for pixels, name, label, attribute, reason in tqdm(results, total=total, unit="img", disable=None):
+            if stopped:
+                sys.exit(128 + stopped[0])
             if pixels is None:
                 if args.strict:
                     fail(f"{name!a}: {reason} (--strict)")
@@ -405,8 +414,8 @@ def main():
         if not alive(left.name.split(".")[-2]):
             shutil.rmtree(left, ignore_errors=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    for number in (signal.SIGTERM, signal.SIGINT):  # so that `finally` runs
-        signal.signal(number, lambda n, _: sys.exit(128 + n))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopped.append(number))
     try:
         partial.mkdir(parents=True)
         meta = write_arrays(decode_all(items, args), total, partial, args)
