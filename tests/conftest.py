@@ -1,25 +1,54 @@
 """The scripts as a user calls them: real processes on small inputs."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
 
+def run_script(command, environment, cwd, output):
+    """In a fresh process: be `python script …`."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT), stream)
+    os.chdir(cwd or os.getcwd())
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+# its processes are forked from one that has imported the slow packages and computed nothing
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "torchvision", "pytorch_fid.inception"])
+
+
 def call(*command, status=0, cwd=None, **environment):
     """Run a script (`train.py …`) or a program; returns the finished process after checking its exit status."""
     command = [str(c) for c in command]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"} | environment
     if command[0].endswith(".py"):
-        command = [sys.executable, str(ROOT / command[0]), *command[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL,
-                          env=os.environ | {"OMP_NUM_THREADS": "2"} | environment)
+        command[0] = str(ROOT / command[0])
+        with tempfile.TemporaryDirectory() as output:
+            process = FORKS.Process(target=run_script, args=(command, environment, cwd, output))
+            process.start()
+            process.join()
+            out, err = (Path(output, name).read_text() for name in ("out", "err"))
+        done = subprocess.CompletedProcess(command, process.exitcode, out, err)
+    else:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL,
+                              env=environment)
     assert done.returncode == status, f"{command}\nstatus {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
 
