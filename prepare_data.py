@@ -107,7 +107,7 @@ def folder_source(args):
         else:
             # a compressed tar has no random access: sorted order would unpack it again for each image
             archive = tarfile.open(root)
-            read, names = archive.extractfile, {m.name: m for m in archive if m.isfile()}
+            read, names = archive.extractfile, {m.name: m for m in archive if not m.isdir()}
     except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         fail(f"--root {args.root}: neither a directory nor a readable .zip or .tar(.gz) "
              f"({str(error).splitlines()[0].rstrip(':')})")
@@ -133,7 +133,7 @@ def folder_source(args):
 def read_member(read, member):
     """The bytes of an archive's member, or the reason (an exception) why they cannot be had."""
     try:
-        with read(member) as file:
+        with read(member) as file:  # a link is followed within the archive; a device is None
             data = file.read(MAX_FILE_BYTES + 1)
         return data if len(data) <= MAX_FILE_BYTES else ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
     except Exception as error:  # damage, encryption, an unknown compression: this member alone is lost

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -14,7 +15,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, call, need, refused
+from conftest import ROOT, SHARED, TINY, call, need, refused
 from PIL import Image
 
 import prepare_data
@@ -140,6 +141,86 @@ def test_folders_are_classes_and_options_hold(tmp_path, zoo):
     call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "gray", "--size", "8",
          "--channels", "1", "--num", "3")
     assert read(tmp_path / "gray")[0].shape == (3, 8, 8, 1)
+
+
+def tar_member(name, kind, target="", data=b""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, target, len(data)
+    return member, io.BytesIO(data)
+
+
+def test_hostile_archives(zoo, tmp_path):
+    """Paths that climb out, links, devices, a bomb, 100,000 empty members: read or skipped by name, nothing outside."""
+    evil = tmp_path / "evil.zip"
+    with zipfile.ZipFile(evil, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("../../up.png", "/tmp/absolute.png", "C:\\drive.png", "new\nline.png", "a/../../b.png"):
+            archive.writestr(name, zoo["rgb.png"])
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+        with archive.open("bomb.png", "w", force_zip64=True) as member:  # 600 MiB of zeros in 600 KiB
+            for _ in range(600):
+                member.write(bytes(1 << 20))
+        for i in range(100_000):
+            archive.writestr(f"empty/{i}.png", b"")
+    call("prepare_data.py", "folder", "--root", evil, "--out", tmp_path / "out" / "zip", "--size", "8")
+    images, meta = read(tmp_path / "out" / "zip")
+    assert len(images) == 5 and len(meta["skipped"]) == 100_002
+    reasons = {s["file"]: s["reason"] for s in meta["skipped"]}
+    assert "larger than 512 MiB" in reasons["bomb.png"] and "link.png" in reasons
+
+    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
+        for member in (tar_member("../../up.png", tarfile.REGTYPE, data=zoo["rgb.png"]),
+                       tar_member("/absolute.png", tarfile.REGTYPE, data=zoo["rgb.png"]),
+                       tar_member("hard.png", tarfile.LNKTYPE, "../../up.png"),
+                       tar_member("out.png", tarfile.SYMTYPE, str(tmp_path / "secret.png")),
+                       tar_member("self.png", tarfile.SYMTYPE, "self.png"),
+                       tar_member("device.png", tarfile.CHRTYPE), tar_member("pipe.png", tarfile.FIFOTYPE)):
+            archive.addfile(*member)
+    (tmp_path / "secret.png").write_bytes(zoo["rgb.png"])
+    call("prepare_data.py", "folder", "--root", tmp_path / "evil.tar", "--out", tmp_path / "out" / "tar", "--size", "8")
+    images, meta = read(tmp_path / "out" / "tar")
+    assert len(images) == 3 and {s["file"] for s in meta["skipped"]} == {"out.png", "self.png", "device.png", "pipe.png"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.tar", "evil.zip", "out", "secret.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tar", "zip"]
+
+
+def test_names_that_are_no_text(zoo, tmp_path):
+    """Newlines, bytes that are no UTF-8 and HTML in the names of files and folders reach meta.json unharmed."""
+    names = [os.fsdecode(b"\xff\xfe"), "new\nline", "<script>alert(1)</script>".replace("/", "\u2215"), "\x1b[31m"]
+    for name in names:
+        (tmp_path / "source" / name).mkdir(parents=True)
+        (tmp_path / "source" / name / f"{name}.png").write_bytes(zoo["rgb.png"])
+        (tmp_path / "source" / name / f"bad{name}.png").write_bytes(b"no")
+    done = call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "16")
+    images, meta = read(tmp_path / "out")
+    assert len(images) == 4 and meta["classes"] == sorted(names) and len(meta["skipped"]) == 4
+    assert "\x1b" not in done.stdout
+    call("train.py", "--data", tmp_path / "out", "--out", tmp_path / "run", "--condition", "label", "--max-steps", "2", *TINY,
+         "--batch-size", "2")
+    call("sample.py", "--run", tmp_path / "run", "--num", "2", "--labels", names[0])
+
+
+def test_fuzzed_images_are_read_or_skipped(zoo, tmp_path):
+    """Random bytes changed, pieces cut out or doubled: FUZZ files, each an image or skipped with a reason."""
+    rng, count = random.Random(0), int(os.environ.get("FUZZ", 300))
+    (tmp_path / "source").mkdir()
+    formats = {name: data for name, data in zoo.items() if name != "large.jpg"}
+    for kind in ("webp", "tiff", "bmp", "ppm", "tga", "jp2"):
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(zoo["rgb.png"])).save(buffer, {"jp2": "JPEG2000"}.get(kind, kind.upper()))
+        formats[f"x.{kind}"] = buffer.getvalue()
+    for i in range(count):
+        name = rng.choice(list(formats))
+        data = bytearray(formats[name])
+        for _ in range(rng.randrange(1, 4)):
+            place = rng.randrange(len(data))
+            data[place:place + rng.randrange(3)] = rng.randbytes(rng.choice((1, 1, 1, 0, 2)))
+        (tmp_path / "source" / f"{i}{os.path.splitext(name)[1]}").write_bytes(data[:rng.choice((None, None, None, len(data) // 2))])
+    call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "8")
+    images, meta = read(tmp_path / "out")
+    assert len(images) + len(meta["skipped"]) == count and len(images) > 0 and all(s["reason"] for s in meta["skipped"])
+    print(f"{count} files fuzzed: {len(images)} read, {len(meta['skipped'])} skipped")
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path):

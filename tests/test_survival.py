@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -149,6 +150,29 @@ def test_damaged_checkpoint_falls_back(damage, trained, shapes, tmp_path):
     refused("train.py", *options, naming=["checkpoint.pt", "checkpoint.prev.pt", "--resume never"])
 
 
+def test_fuzzed_checkpoints_are_whole_or_refused(trained, tmp_path):
+    """Bits flipped and pieces cut out anywhere in the file: an error, or the very same contents."""
+    rng, data, path = random.Random(0), (trained / "generator.pt").read_bytes(), tmp_path / "generator.pt"
+    whole, refused_ones, count = train.load_file(trained / "generator.pt"), 0, int(os.environ.get("FUZZ", 300))
+    for _ in range(count):
+        damaged, place = bytearray(data), rng.randrange(len(data))
+        if rng.random() < 0.7:
+            damaged[place] ^= 1 << rng.randrange(8)
+        else:
+            del damaged[place:place + rng.choice((1, 64, len(data)))]
+        path.write_bytes(damaged)
+        try:
+            value = train.load_file(path)
+        except ValueError:
+            refused_ones += 1
+        else:
+            assert {k: v for k, v in value.items() if k != "generator"} == {
+                k: v for k, v in whole.items() if k != "generator"}
+            assert all(torch.equal(v, value["generator"][k]) for k, v in whole["generator"].items())
+    assert refused_ones > 0.8 * count
+    print(f"{count} checkpoints fuzzed, {refused_ones} refused, the others whole")
+
+
 def test_full_disk(shapes, trained, tmp_path):
     """A limit on the size of files stands for a full disk: the error is the system's, and the last checkpoint whole."""
     run = shutil.copytree(trained, tmp_path / "run")
@@ -203,18 +227,36 @@ def children(pid):
                                            text=True).stdout.split()]
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_processes_leave_together_and_their_number_may_change(shapes, tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    """1 process, 2 of one torchrun, 2 nodes on loopback, 1 again: each stopped by a signal, none loses a step."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run")
+    one_node = (*torchrun, "--standalone", "--nproc_per_node=2")
+    two_nodes = (*torchrun, "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=7",
+                 f"--rdzv-endpoint=127.0.0.1:{free_port()}")
     options = ("--condition", "label", "--width", "8", "--batch-size", "32", "--log-every", "5", "--save-every", "1000",
                "--grid-every", "1000", "--amp", "off", "--device", "cpu", "--epochs", "60", "--log-every", "5")
-    for number, step in ((signal.SIGUSR1, 10), (signal.SIGTERM, 40)):
-        process = start(shapes, tmp_path, *options, launch=torchrun)
-        wait_for_step(tmp_path, step, process)
-        os.kill(children(process.pid)[-1], number)  # not the one that writes
-        _, error = process.communicate(timeout=60)
-        assert status(tmp_path)["state"] == "interrupted", error
-        assert train.load_file(tmp_path / "checkpoint.pt")["step"] == status(tmp_path)["step"] >= step
-        assert 'train.py", line' not in error, error  # torchrun's own traceback is its word for any status but 0
+    last_child = (lambda launched: children(launched.pid)[-1])  # not the process that writes
+    itself = (lambda launched: launched.pid)
+    for launch, nodes, number, target in (((sys.executable,), 1, signal.SIGUSR1, itself),
+                                          (one_node, 1, signal.SIGUSR1, last_child),
+                                          (one_node, 1, signal.SIGTERM, itself),
+                                          (two_nodes, 2, signal.SIGTERM, itself)):
+        step = status(tmp_path)["step"] if (tmp_path / "status.json").exists() else 0
+        started = [start(shapes, tmp_path, *options, launch=launch) for _ in range(nodes)]
+        wait_for_step(tmp_path, step + 10, started[0])
+        os.kill(target(started[-1]), number)
+        errors = [process.communicate(timeout=60)[1] for process in started]
+        assert status(tmp_path)["state"] == "interrupted" and status(tmp_path)["signal"] == number.name, errors
+        assert train.load_file(tmp_path / "checkpoint.pt")["step"] == status(tmp_path)["step"] >= step + 10
+        # torchrun's own traceback is its word for any status but 0
+        assert not any('train.py", line' in error for error in errors), errors
+        assert json.loads((tmp_path / "config.json").read_text())["processes"] == (1 if launch[1:] == () else 2)
     process = start(shapes, tmp_path, *options)
     step = status(tmp_path)["step"]
     assert f"steps {step} to 480" in process.communicate(timeout=120)[0]
