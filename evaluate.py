@@ -30,6 +30,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from pytorch_fid import inception as fid_inception
@@ -174,7 +175,7 @@ def inception_features(network, images, device, indices=None):
     def gather(start):
         index = indices[start:start + BATCH]
         if isinstance(images, np.ndarray):
-            pixels = images[np.sort(index)]
+            pixels = images[index]
         else:
             try:
                 pixels = [np.asarray(Image.open(images[i]).convert("RGB")) for i in index]
@@ -246,7 +247,7 @@ def real_statistics(network, args, weights, device):
     if n > len(images):
         fail(f"--num-real {n}: {args.data} has only {len(images)} images")
     path = Path(args.data) / f"fid_{n}.npz"
-    about = f"{fingerprint} {weights.name}"
+    about = f"{fingerprint} {weights.name} in order"
     real = None
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
         kept = dict(np.load(path, allow_pickle=False))
@@ -257,7 +258,7 @@ def real_statistics(network, args, weights, device):
         print(f"{n} real images", flush=True)
         features = inception_features(network, images, device, order[:n])
         mu, sigma = statistics(features)
-        real = {"mu": mu, "sigma": sigma, "n": n, "features": features[:KEPT], "about": about}
+        real = {"mu": mu, "sigma": sigma, "n": n, "features": features[:KEPT], "rows": order[:n][:KEPT], "about": about}
     if args.floor and "floor" not in real:
         m = n if 2 * n <= len(images) else len(images) // 2
         print(f"{m} real images against {m} others", flush=True)
@@ -273,6 +274,126 @@ def real_statistics(network, args, weights, device):
         except OSError as error:
             print(f"evaluate.py: the statistics are not kept: {error}", file=sys.stderr)
     return real
+
+
+def fid_against_data(pixels, data, num_real, device):
+    """FID of uint8 images (n, H, W, C) against so many of DATA/; train.py asks while it trains."""
+    weights = find_weights()
+    network = load_inception(weights, device)
+    asked = argparse.Namespace(data=data, num_real=num_real, floor=False)
+    real = real_statistics(network, asked, weights, device)
+    return frechet_distance(*statistics(inception_features(network, pixels, device)), real["mu"], real["sigma"])
+
+
+# ---- matching of image and caption ----------------------------------------------------------------------------------
+
+def matching(notes, fake, real, network, images, device):
+    """How generated images fit the real ones whose captions they were made for, in Inception's features.
+
+    notes: for each image its caption and the row of that real image; fake (n, 2048), in this order; real: as
+    real_statistics returns it, whose features are used where the row is among them.
+    """
+    rows = np.array([note["row"] for note in notes])
+    place = {row: i for i, row in enumerate(real["rows"].tolist())}
+    kept = np.array([row in place for row in rows.tolist()])
+    if kept.sum() >= min(len(rows), 1000):
+        own, fake = real["features"][[place[row] for row in rows[kept].tolist()]], fake[kept]
+    else:  # other rows than those of the FID: a thousand images more
+        fake, rows = fake[:1000], rows[:1000]
+        own = inception_features(network, images, device, rows)
+    fake, own = (f.astype(np.float64) - real["mu"] for f in (fake, own))
+    fake, own = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (fake, own))
+    cosine = (fake * own).sum(1)
+    result = {"cosine": {"value": float(cosine.mean()), "std": float(cosine.std()), "n_generated": len(fake),
+                         "n_real": len(own), "protocol": "Inception features less their real mean, image by image"}}
+    if len(fake) >= 100:
+        rng, hits = np.random.default_rng(0), []
+        for _ in range(10):
+            others = np.stack([rng.choice(len(own) - 1, 99, replace=False) for _ in range(len(own))])
+            others += others >= np.arange(len(own))[:, None]  # all but its own
+            rival = np.einsum("nd,nkd->nk", fake, own[others]) if len(own) < 300 else np.stack(
+                [own[o] @ f for f, o in zip(fake, others)])
+            hits.append((cosine[:, None] > rival).all(1).mean())
+        result["r_precision"] = {"value": float(np.mean(hits)), "std": float(np.std(hits)), "n_generated": len(fake),
+                                 "n_real": 100, "protocol": "its own real image before 99 others, by that cosine; "
+                                 "10 draws of the others"}
+    return result
+
+
+def attribute_rates(notes, fake, images, folder):
+    """On captions with known attributes (shapes): how often a small network, trained on the real images, sees each.
+
+    fake: uint8 (n, H, W, C) in the order of notes. Returns {} where captions.jsonl names no attributes.
+    """
+    lines = [json.loads(line) for line in open(folder / "captions.jsonl", encoding="utf-8")]
+    names = [key for key in lines[0] if key != "captions"]
+    if not names:
+        return {}
+    values = {name: sorted({line[name] for line in lines}) for name in names}
+    truth = torch.tensor([[values[name].index(line[name]) for name in names] for line in lines])
+
+    def prepare(pixels):
+        x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return F.adaptive_avg_pool2d(x, 32) if x.shape[2] > 32 else x
+
+    torch.manual_seed(0)
+    x, sides = prepare(images[:10_000]), [len(values[name]) for name in names]
+    held = len(x) // 5
+    layers, channels = [], x.shape[1]
+    for width in (32, 64, 128):
+        layers += [torch.nn.Conv2d(channels, width, 3, 2, 1), torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
+        channels = width
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.LazyLinear(sum(sides)))
+    model(x[:2])
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    steps = 600
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+    for _ in range(steps):
+        index = torch.randint(held, len(x), (64,))
+        loss = sum(F.cross_entropy(part, truth[index, i]) for i, part in enumerate(model(x[index]).split(sides, 1)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+    def right(x, expected):
+        with torch.inference_mode():
+            logits = torch.cat([model(part) for part in x.split(500)]).split(sides, 1)
+        hit = torch.stack([part.argmax(1) for part in logits], 1) == expected
+        return torch.cat([hit, hit.all(1, keepdim=True)], 1).float()
+
+    own = right(x[:held], truth[:held]).mean(0)
+    hits = right(prepare(fake), truth[[note["row"] for note in notes]])
+    parts = torch.stack([part.mean(0) for part in hits.chunk(10)])
+    return {f"{name} right": {"value": float(hits[:, i].mean()), "std": float(parts[:, i].std()), "n_generated": len(hits),
+                              "n_real": held, "protocol": f"a small network's eyes, right on {own[i]:.1%} of held-out real "
+                              f"images; deviation over tenths"}
+            for i, name in enumerate([*names, "all"])}
+
+
+def clip_score(name, notes, fake):
+    """100 × cosine of CLIP's embeddings of image and caption (Hessel et al. 2021), without their factor of 2.5."""
+    try:
+        from sentence_transformers import SentenceTransformer
+        model = SentenceTransformer(name)
+    except ImportError:
+        fail("--clip needs a package: pip install sentence-transformers")
+    except Exception as error:  # each hub and file fails in its own way
+        fail(f"--clip {name}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})")
+    image = model.encode([Image.fromarray(p.squeeze()).convert("RGB") for p in fake], normalize_embeddings=True)
+    text = model.encode([note["caption"] for note in notes], normalize_embeddings=True)
+    cosine = 100 * (image * text).sum(1)
+    return {"clip": {"value": float(cosine.mean()), "std": float(cosine.std()), "n_generated": len(fake), "n_real": None,
+                     "protocol": f"100 × cosine, {name}"}}
+
+
+def pixels_of(images):
+    """uint8 (n, H, W, C) of images as open_images returns them."""
+    if isinstance(images, np.ndarray):
+        return images
+    pixels = np.stack([np.asarray(Image.open(path)) for path in images])
+    return pixels if pixels.ndim == 4 else pixels[..., None]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -359,11 +480,13 @@ def table(rows):
 
 def metric_rows(metrics):
     rows = [("measure", "value", "generated", "real", "protocol")]
-    for key, name in (("fid", "FID"), ("kid", "KID"), ("floor", "FID, real against real")):
-        if key in metrics:
-            m = metrics[key]
-            value = f"{m['value']:.2f}" if key != "kid" else f"{m['value']:.5f} ± {m['std']:.5f}"
-            rows.append((name, value, m.get("n_generated", "–"), m["n_real"], m["protocol"]))
+    names = {"fid": "FID", "kid": "KID", "floor": "FID, real against real", "cosine": "cosine with its own real image",
+             "r_precision": "R-precision", "clip": "CLIP score"}
+    for key, m in metrics.items():
+        if isinstance(m, dict) and "protocol" in m:
+            digits = 5 if key == "kid" else 2 if "fid" in key or key in ("floor", "clip") else 3
+            value = f"{m['value']:.{digits}f}" + (f" ± {m['std']:.{digits}f}" if "std" in m else "")
+            rows.append((names.get(key, key), value, m.get("n_generated", "–"), m["n_real"], m["protocol"]))
     return rows
 
 
@@ -382,6 +505,9 @@ def write_report(run, metrics, config):
         if path is not None and path.exists():
             parts.append(f"<figure>{embed(path.read_bytes(), name=name)}<figcaption>{name}</figcaption></figure>")
     parts.append("</div>")
+    if (run / "captions.png").exists():
+        picture = embed((run / "captions.png").read_bytes(), name="captions")
+        parts.append(f"<h2>Generated, real, and the caption of both</h2><figure>{picture}</figure>")
     walk = run / "interpolation.webp"
     if walk.exists():
         picture = embed(walk.read_bytes(), "webp", "walk between latents")
@@ -408,6 +534,7 @@ def parse_args(argv=None):
     add("--images", metavar="PATH", help="generated images: a folder, .npz, .npy (default: RUN/images)")
     add("--reference", metavar="PATH", help="real images outside DATA: a folder, .npz, .npy, or mu and sigma")
     add("--num-real", type=int, help="how many real images, a seeded choice (default: all)")
+    add("--clip", metavar="NAME", help="also the CLIP score, by a sentence-transformers model such as clip-ViT-B-32")
     add("--floor", action="store_true", help="also the FID of these real images against as many others: what a "
                                              "perfect generator would get")
     add = parser.add_argument_group("how").add_argument
@@ -475,6 +602,16 @@ def main():
     if "floor" in real:
         metrics["floor"] = {"value": float(real["floor"]), "n_real": f"{int(real['floor_n'])} against as many others",
                             "protocol": protocol}
+    notes = read_log(Path(f"{args.images}.jsonl"))
+    if notes and "caption" in notes[0] and len(notes) == n_fake:
+        if "row" in notes[0] and not args.reference:
+            real_images = open_images("--data", args.data)
+            metrics |= matching(notes, fake["features"], real, network, real_images, device)
+            metrics |= attribute_rates(notes, pixels_of(generated), real_images, Path(args.data))
+        if args.clip:
+            metrics |= clip_score(args.clip, notes, pixels_of(generated))
+    elif args.clip:
+        fail(f"--clip {args.clip}: {args.images} has no captions beside it (sample.py of a run with --condition text)")
     small = [str(n) for n in (n_fake, n_real) if n is not None and n < 2048]
     if small:
         metrics["warnings"].append(f"FID from {' and '.join(small)} images: under 2048 the covariance is singular and "

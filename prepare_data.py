@@ -37,9 +37,11 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 # decoders that start no other program: EPS would run Ghostscript on a stranger's file
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 MAX_FILE_BYTES = 1 << 29  # a zip member larger than this is a bomb, not a picture
+MAX_WORDS, MAX_VOCABULARY = 32, 10_000  # of a caption; of all, the others become <unk>
 CHUNK = 32  # images a task: large enough that passing them costs little beside decoding
 stopped = []  # signals received; looked at between images, since raising within a process pool can deadlock it
 
+TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "celeba")
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (240, 205, 40),
            "purple": (145, 60, 180), "orange": (245, 135, 35)}
@@ -56,6 +58,7 @@ class Item(NamedTuple):
     name: str
     payload: str | bytes | np.ndarray | int
     label: str | None = None
+    captions: list[str] | None = None
 
 
 def fail(message):
@@ -97,7 +100,7 @@ def folder_source(args):
     root = Path(args.root)
     try:
         if root.is_dir():
-            read, names = (lambda path: path), {}
+            read, names = (lambda path: open(path, "rb")), {}
             for where, folders, files in os.walk(root):
                 folders[:] = sorted(f for f in folders if not f.startswith("."))
                 names |= {os.path.relpath(os.path.join(where, f), root): os.path.join(where, f) for f in files}
@@ -111,23 +114,53 @@ def folder_source(args):
     except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         fail(f"--root {args.root}: neither a directory nor a readable .zip or .tar(.gz) "
              f"({str(error).splitlines()[0].rstrip(':')})")
-    names = {n: member for n, member in names.items()
-             if os.path.splitext(n)[1].lower() in EXTENSIONS and not os.path.basename(n).startswith(".")}
-    if not root.is_dir() and isinstance(archive, tarfile.TarFile):
-        order = list(names)
-    else:
-        order = sorted(names)
+    captions = find_captions(args, root, read, names)
+    order = [n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS and not os.path.basename(n).startswith(".")]
+    if args.source == "coco":  # the images that the file of captions names
+        order = [n for n in order if os.path.basename(n) in captions]
+    if root.is_dir() or isinstance(archive, zipfile.ZipFile):
+        order.sort()
     # a wrapping folder (faces/0001.png …) is not a class
     parts = [re.split(r"[/\\]", n) for n in order]
     while parts and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
-    classes = {p[0] for p in parts} if all(len(p) > 1 for p in parts) else set()
+    classes = {p[0] for p in parts} if args.source == "folder" and all(len(p) > 1 for p in parts) else set()
 
     def items():
         for name, part in zip(order, parts):
-            payload = read(names[name]) if root.is_dir() else read_member(read, names[name])
-            yield Item(name, payload, part[0] if classes else None)
+            payload = names[name] if root.is_dir() else read_member(read, names[name])
+            told = captions and (captions.get(name) or captions.get(os.path.basename(name), []))
+            yield Item(name, payload, part[0] if classes else None, told)
     return len(order), items()
+
+
+def find_captions(args, root, read, names):
+    """{file: [captions]} of COCO's JSON, of a captions.jsonl inside or beside the source, or of .txt beside images."""
+    try:
+        if args.source == "coco":
+            content = json.loads(Path(args.captions).read_bytes())
+            files, captions = {i["id"]: i["file_name"] for i in content["images"]}, {}
+            for annotation in content["annotations"]:
+                captions.setdefault(files[annotation["image_id"]], []).append(annotation["caption"].strip())
+            return captions
+        inside = [member for name, member in names.items() if os.path.basename(name) == "captions.jsonl"]
+        beside = args.captions or root.resolve().parent / "captions.jsonl"
+        if args.captions or not inside and os.path.exists(beside):
+            read, inside = (lambda path: open(path, "rb")), [beside]
+        if inside:
+            with read(inside[0]) as file:
+                lines = [json.loads(line) for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+            return {line["file"]: [str(c) for c in line["captions"]] for line in lines}
+        texts = {}
+        for name in names:
+            if name.endswith(".txt") and any(name[:-4] + e in names for e in EXTENSIONS):
+                with read(names[name]) as file:
+                    lines = file.read(1 << 20).decode("utf-8", "replace").splitlines()
+                texts |= {name[:-4] + e: [line for line in lines if line.strip()] for e in EXTENSIONS}
+        return texts or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, zipfile.BadZipFile) as error:
+        fail(f"{'--captions ' + args.captions if args.captions else 'captions of --root ' + args.root}: cannot be read "
+             f"as {'COCO captions' if args.source == 'coco' else 'captions'} ({type(error).__name__}: {error})")
 
 
 def read_member(read, member):
@@ -193,28 +226,31 @@ def to_pixels(image, size, channels, crop, background):
 
 
 def decode(items, args):
-    """Worker: a list of Items -> a list of (pixels or None, name, label, attributes, why it was skipped)."""
+    """Worker: a list of Items -> a list of (pixels or None, name, label, captions, attributes, why it was skipped)."""
     warnings.simplefilter("ignore")  # Pillow warns of half-bombs and odd EXIF; what matters raises
     Image.init()
     formats = [f for f in FORMATS if f in Image.OPEN]
     results = []
-    for name, payload, label in items:
+    for name, payload, label, captions in items:
         attributes = None
         try:
             if isinstance(payload, Exception):
                 raise payload
             if isinstance(payload, int):
                 image, label, attributes = draw_shape(payload, args.size, args.seed)
+                captions = [phrasing.format(**attributes) for phrasing in PHRASINGS]
             elif isinstance(payload, np.ndarray):
                 image = Image.fromarray(payload)
             else:
                 image = Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload, formats=formats)
             with image:
                 pixels = to_pixels(image, args.size, args.channels, args.crop, args.background)
-            results.append((pixels, name, label, attributes, None))
+            if captions is not None and not any(map(words_of, captions)):
+                raise ValueError("no caption")
+            results.append((pixels, name, label, captions, attributes, None))
         except Exception as error:  # decoders of hostile files raise anything
             reason = str(error).replace(repr(payload), "file") if isinstance(payload, str) else str(error)
-            results.append((None, name, label, None, re.sub(r" ?<_io.BytesIO[^>]*>", "", reason)
+            results.append((None, name, label, None, None, re.sub(r" ?<_io.BytesIO[^>]*>", "", reason)
                             or type(error).__name__))
     return results
 
@@ -248,31 +284,42 @@ def words_of(caption):
 
 
 def tokenize(captions):
-    """N lists of K captions -> (tokens (N, K, L) int32, 0 = padding; vocabulary, most frequent word first)."""
-    split = [[words_of(c) for c in per_image] for per_image in captions]
+    """N lists of captions -> (tokens (N, K, L) int32, 0 = padding; vocabulary, most frequent word first)."""
+    split = [[words_of(c)[:MAX_WORDS] for c in per_image if words_of(c)] for per_image in captions]
     counts = Counter(word for per_image in split for words in per_image for word in words)
-    vocabulary = ["<pad>", "<unk>"] + sorted(counts, key=lambda w: (-counts[w], w))
+    vocabulary = ["<pad>", "<unk>"] + sorted(counts, key=lambda w: (-counts[w], w))[:MAX_VOCABULARY]
     index = {word: i for i, word in enumerate(vocabulary)}
     length = max(len(words) for per_image in split for words in per_image)
-    tokens = np.zeros((len(split), len(split[0]), length), np.int32)
+    tokens = np.zeros((len(split), max(map(len, split)), length), np.int32)
     for n, per_image in enumerate(split):
         for k, words in enumerate(per_image):
-            tokens[n, k, :len(words)] = [index[w] for w in words]
+            tokens[n, k, :len(words)] = [index.get(w, 1) for w in words]
     return tokens, vocabulary
+
+
+def load_text_encoder(name):
+    """A sentence-transformers model, by name or folder."""
+    try:
+        from sentence_transformers import SentenceTransformer
+        return SentenceTransformer(name)
+    except ImportError:
+        fail("--text-encoder needs a package: pip install sentence-transformers")
+    except Exception as error:  # each hub and file fails in its own way
+        fail(f"--text-encoder {name}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})")
 
 
 # ---- DATA ------------------------------------------------------------------------------------------------------------
 
 def write_arrays(results, total, folder, args):
     """Append pictures to images.npy as they come; labels, captions and meta.json after them. Returns the meta."""
-    labels, attributes, skipped, digest = [], [], [], hashlib.sha256()
+    labels, texts, skipped, digest = [], [], [], hashlib.sha256()
     with open(folder / "images.npy", "wb") as file:
         def header(count):  # numpy pads its header so that the first axis can grow in place
             shape = (count, args.size, args.size, args.channels)
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         header(0)
         start = file.tell()
-        for pixels, name, label, attribute, reason in tqdm(results, total=total, unit="img", disable=None):
+        for pixels, name, label, captions, attributes, reason in tqdm(results, total=total, unit="img", disable=None):
             if stopped:
                 sys.exit(128 + stopped[0])
             if pixels is None:
@@ -284,7 +331,7 @@ def write_arrays(results, total, folder, args):
             file.write(row)
             digest.update(row)
             labels.append(label)
-            attributes.append(attribute)
+            texts.append({"captions": captions} | (attributes or {}))
         file.seek(0)
         header(len(labels))
         assert file.tell() == start, "numpy's header changed its length"
@@ -295,17 +342,24 @@ def write_arrays(results, total, folder, args):
                 if skipped else f" (looked for {' '.join(sorted(EXTENSIONS))})"))
 
     meta = {"name": args.source, "count": len(labels), "size": args.size, "channels": args.channels, "classes": None,
-            "vocabulary": None, "source": source_options(args), "skipped": skipped}
+            "vocabulary": None, "text_encoder": None, "source": source_options(args), "skipped": skipped}
     if all(label is not None for label in labels):
         meta["classes"] = sorted(set(labels), key=lambda c: (len(c), c) if c.isdigit() else (0, c))
         index = {c: i for i, c in enumerate(meta["classes"])}
         array = np.array([index[label] for label in labels], np.int64)
         save_array(folder / "labels.npy", array, digest)
-    if attributes[0] is not None:
-        captions = [[p.format(**a) for p in PHRASINGS] for a in attributes]
+    if texts[0]["captions"] is not None:
+        captions = [text["captions"] for text in texts]
         array, meta["vocabulary"] = tokenize(captions)
         save_array(folder / "tokens.npy", array, digest)
-        write_text(folder / "captions.jsonl", "".join(json.dumps({"captions": c}) + "\n" for c in captions))
+        if args.text_encoder:
+            flat = load_text_encoder(args.text_encoder).encode([c for each in captions for c in each])
+            array = np.zeros((len(captions), max(map(len, captions)), flat.shape[1]), np.float32)
+            for row, each in zip(array, captions):
+                row[:len(each)], flat = flat[:len(each)], flat[len(each):]
+            save_array(folder / "embeddings.npy", array, digest)
+            meta["text_encoder"] = args.text_encoder
+        write_text(folder / "captions.jsonl", "".join(json.dumps(text) + "\n" for text in texts))
     meta["fingerprint"] = digest.hexdigest()
     write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     return meta
@@ -349,12 +403,17 @@ def cores():
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists the options)")
-    parser.add_argument("source", choices=["shapes", "mnist", "fashion-mnist", "cifar10", "celeba", "folder"],
-                        help="shapes: drawn here, no download; folder: a directory, .zip or .tar(.gz) of images")
+    parser.add_argument("source", choices=["shapes", "mnist", "fashion-mnist", "cifar10", "celeba", "folder", "coco"],
+                        help="shapes: drawn here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: "
+                             "the same with COCO's captions")
     group = parser.add_argument_group("data")
     group.add_argument("--out", required=True, metavar="DATA", help="folder to make")
     group.add_argument("--root", metavar="SOURCE", help="folder: where the images are; torchvision's sets: where "
                                                          "they are or are downloaded to (then default: downloads)")
+    group.add_argument("--captions", metavar="FILE", help="coco: captions_train2017.json or its like; folder: a "
+                       "captions.jsonl elsewhere than inside or beside --root")
+    group.add_argument("--text-encoder", metavar="NAME", help="a sentence-transformers model, by name or folder, whose "
+                       "embeddings of the captions are what the networks are told")
     group.add_argument("--size", type=int, default=64, help="side of the images made, pixels")
     group.add_argument("--num", type=int, help="shapes: how many to draw (default 10000); else: at most so many images")
     group.add_argument("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: 1 for the MNISTs, else 3)")
@@ -374,9 +433,11 @@ def parse_args(argv=None):
         ImageColor.getrgb(args.background)
     except ValueError:
         fail(f"--background {args.background}: not a colour (a name like white, or #rrggbb)")
-    if args.source == "folder" and args.root is None:
+    if args.source in ("folder", "coco") and args.root is None:
         fail("--root is missing: the directory or archive with the images")
-    if args.source == "folder" and not os.path.exists(args.root):
+    if args.source == "coco" and args.captions is None:
+        fail("--captions is missing: the JSON file of COCO's captions")
+    if args.source in ("folder", "coco") and not os.path.exists(args.root):
         fail(f"--root {args.root}: no such file or directory")
     return args
 
@@ -408,7 +469,7 @@ def main():
     if args.source == "shapes":
         total, items = shapes_source(args)
     else:
-        total, items = (folder_source if args.source == "folder" else torchvision_source)(args)
+        total, items = (torchvision_source if args.source in TORCHVISION else folder_source)(args)
     total, items = min(total, args.num or total), itertools.islice(items, args.num)
     for left in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):  # by a process that was killed
         if not alive(left.name.split(".")[-2]):

@@ -1,7 +1,8 @@
 """Draw images from a trained generator: RUN/generator.pt -> RUN/images/*.png, or an .npz; grids and walks.
 
     python sample.py --run runs/shapes --num 2048
-    python sample.py --run runs/shapes --num 64 --labels "red circle,blue star" --grid
+    python sample.py --run runs/digits --num 64 --labels "3,7" --grid
+    python sample.py --run runs/shapes --text "a small red circle on a white background" --num 8 --grid
     python sample.py --run runs/shapes --num 0 --interpolate 8
 
 Image i depends on (seed, i) alone: a larger --num adds images and leaves the others as they were.
@@ -16,12 +17,13 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from train import HelpFormatter, latents, load_generator, make_grid, to_pixels, whole_file, write_json
@@ -48,6 +50,9 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="which images")
     add("--labels", help="classes to draw in turn, by name or number, separated by commas (default: as often as in the "
                          "training data)")
+    add("--text", action="append", metavar="CAPTION", help="what to draw; may be given several times, drawn in turn")
+    add("--text-file", metavar="FILE", help="the same, a caption a line")
+    add("--data", metavar="DATA", help="without --text, whose captions are drawn (default: those of the training data)")
     add("--truncation", type=float, help="largest |z|, from a truncated normal: below 2, safer images that vary less")
     add = parser.add_argument_group("pictures, beside the images").add_argument
     add("--grid", nargs="?", type=int, const=64, help="grid.png of the first so many images (64 without a number)")
@@ -80,8 +85,6 @@ def slerp(a, b, share):
 
 def parse_labels(text, classes):
     """'red circle,3' -> [class numbers]; refuses what is not a class."""
-    if not classes:
-        fail("--labels: this generator was trained without classes (train.py --condition label)")
     numbers = []
     for word in (w.strip() for w in text.split(",")):
         if word in classes:
@@ -94,24 +97,91 @@ def parse_labels(text, classes):
     return numbers
 
 
-def draw_labels(args, saved, numbers):
-    """A class for each image number, or None: --labels in turn, else drawn as often as in the training data."""
-    if not saved["model"]["classes"]:
-        return None
-    if args.labels is not None:
-        asked = parse_labels(args.labels, saved["classes"])
-        return torch.tensor([asked[i % len(asked)] for i in numbers])
-    share = np.cumsum(saved["class_counts"]) / np.sum(saved["class_counts"])
-    draws = [np.random.default_rng([args.seed, i, 1]).random() for i in numbers]
-    return torch.from_numpy(np.searchsorted(share, draws, side="right"))
+def find_conditions(args, saved, folder):
+    """What the images are told: (a function of their numbers -> tensor or None, one of a number -> dict to note)."""
+    kind = saved["model"]["condition"]
+    if (args.text or args.text_file) and kind not in ("text", "vector"):
+        fail("--text: this generator was trained without captions (train.py --condition text)")
+    if kind == "none":
+        return lambda numbers: None, lambda i: {}
+    if kind == "label":
+        asked = parse_labels(args.labels, saved["classes"]) if args.labels is not None else None
+        share = np.cumsum(saved["class_counts"]) / np.sum(saved["class_counts"])
+
+        def label(i):  # as often as in the training data
+            return asked[i % len(asked)] if asked else int(np.searchsorted(
+                share, np.random.default_rng([args.seed, i, 1]).random(), side="right"))
+        return lambda numbers: torch.tensor([label(i) for i in numbers]), lambda i: {"label": saved["classes"][label(i)]}
+    if args.text or args.text_file:
+        try:
+            lines = Path(args.text_file).read_text(encoding="utf-8", errors="replace") if args.text_file else ""
+        except OSError as error:
+            fail(f"--text-file {args.text_file}: {error.strerror}")
+        args.text = texts = (args.text or []) + [line for line in lines.splitlines() if line.strip()]
+        encoded = encode_texts(texts, saved) if texts else fail(f"--text-file {args.text_file}: no captions in it")
+        return lambda numbers: encoded[[i % len(texts) for i in numbers]], lambda i: {"caption": texts[i % len(texts)]}
+    try:
+        args.data = args.data or json.loads((folder / "config.json").read_text())["options"]["data"]
+        data = Path(args.data)
+        arrays = np.load(data / ("tokens.npy" if kind == "text" else "embeddings.npy"), mmap_mode="r")
+        captions = [json.loads(line)["captions"] for line in open(data / "captions.jsonl", encoding="utf-8")]
+        same = json.loads((data / "meta.json").read_text())["vocabulary"] == saved["vocabulary"]
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"no captions to draw ({error}): name the training data with --data, or captions with --text")
+    if not same:
+        fail(f"--data {data}: another vocabulary than the generator's")
+    order = np.random.default_rng(args.seed).permutation(len(captions))
+
+    def place(i):
+        row = int(order[i % len(order)])
+        return row, i // len(order) % len(captions[row])
+    return (lambda numbers: torch.from_numpy(np.stack([arrays[place(i)] for i in numbers])),
+            lambda i: {"row": place(i)[0], "caption": captions[place(i)[0]][place(i)[1]]})
 
 
-def generate(generator, z, labels, device):
-    """uint8 (n, H, W, C) of latents (n, dim) and classes (n,) or None."""
+def encode_texts(texts, saved):
+    """Captions -> token ids (n, L), or their embeddings (n, d) where the generator was trained on those."""
+    if saved["text_encoder"]:
+        try:
+            from sentence_transformers import SentenceTransformer
+            return torch.from_numpy(SentenceTransformer(saved["text_encoder"]).encode(texts)).float()
+        except ImportError:
+            fail("this generator's captions need a package: pip install sentence-transformers")
+        except Exception as error:  # each hub and file fails in its own way
+            fail(f"text encoder {saved['text_encoder']}: cannot be loaded ({type(error).__name__}: {error})")
+    index = {word: i for i, word in enumerate(saved["vocabulary"])}
+    split = [re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.lower()) for text in texts]  # as prepare_data.py does
+    unknown = sorted({word for words in split for word in words if word not in index})
+    if unknown:
+        print(f"sample.py: not in the training captions: {', '.join(unknown)}", file=sys.stderr)
+    tokens = torch.zeros(len(split), max(map(len, split), default=1) or 1, dtype=torch.int64)
+    for row, words in zip(tokens, split):
+        row[:len(words)] = torch.tensor([index.get(word, 1) for word in words])
+    return tokens
+
+
+def write_captioned(path, notes, pixels, data):
+    """A picture of images with what they were told below them, and beside each the real image of that caption."""
+    real = np.load(Path(data, "images.npy"), mmap_mode="r") if all("row" in note for note in notes) else None
+    side, width, height = 96, 216, 150
+    page = Image.new("RGB", (4 * width, -(-len(notes) // 4) * height), "white")
+    for i, (note, own) in enumerate(zip(notes, pixels)):
+        left, top = i % 4 * width + 8, i // 4 * height + 6
+        for k, image in enumerate([own] if real is None else [own, real[note["row"]]]):
+            large = Image.fromarray(image.squeeze()).resize((side, side), Image.Resampling.NEAREST)
+            page.paste(large, (left + k * (side + 4), top))
+        text = "\n".join(textwrap.wrap("".join(c for c in note["caption"] if c.isprintable()), 34)[:3])
+        ImageDraw.Draw(page).text((left, top + side + 3), text, fill="black")
+    with whole_file(path) as file:
+        page.save(file, "PNG")
+
+
+def generate(generator, z, conditions, device):
+    """uint8 (n, H, W, C) of latents (n, dim) and conditions (n, …) or None."""
     pixels = []
     for i in range(0, len(z), BLOCK):
         block = torch.arange(i, i + BLOCK).clamp(max=len(z) - 1)
-        condition = labels[block].to(device) if labels is not None else None
+        condition = conditions[block].to(device) if conditions is not None else None
         with torch.inference_mode():
             pixels.append(to_pixels(generator(z[block].to(device), condition))[:len(z) - i])
     return np.concatenate(pixels)
@@ -143,12 +213,13 @@ def write_images(out, blocks):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_walk(args, folder, generator, saved, device):
-    """A closed walk through the first latents: a strip of stills and an animation. One class all along."""
-    z = get_latents(args, saved, range(args.interpolate))
+def write_walk(args, folder, generator, told, device):
+    """A closed walk through the first latents: a strip of stills and an animation. One condition all along."""
+    z = get_latents(args, generator, range(args.interpolate))
     steps = [slerp(z[i], z[(i + 1) % len(z)], f / FRAMES) for i in range(len(z)) for f in range(FRAMES)]
-    labels = draw_labels(args, saved, range(1))
-    pixels = generate(generator, torch.stack(steps), labels.expand(len(steps)) if labels is not None else None, device)
+    first = told(range(1))
+    pixels = generate(generator, torch.stack(steps), first.expand(len(steps), *first.shape[1:]) if first is not None
+                      else None, device)
     with whole_file(folder / "interpolation.png") as file:
         make_grid(pixels[::FRAMES // 4]).save(file, "PNG")
     scale = max(1, 256 // pixels.shape[1])
@@ -160,8 +231,8 @@ def write_walk(args, folder, generator, saved, device):
     print(f"{folder / 'interpolation.png'}, {folder / 'interpolation.webp'}: {args.interpolate} latents and between")
 
 
-def get_latents(args, saved, numbers):
-    z = latents(args.seed, numbers, saved["model"]["latent_dim"])
+def get_latents(args, generator, numbers):
+    z = latents(args.seed, numbers, generator.noise_dim)
     return truncated(z, args.truncation) if args.truncation else z
 
 
@@ -183,8 +254,9 @@ def main():
         fail(f"--run {error}")
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})")
-    if args.labels is not None:
-        parse_labels(args.labels, saved["classes"])  # a typing error before any work
+    if args.labels is not None and saved["model"]["condition"] != "label":
+        fail("--labels: this generator was trained without classes (train.py --condition label)")
+    told, note = find_conditions(args, saved, folder)  # a typing error shows before any work
     if out.is_dir() and not all(re.fullmatch(r"\d{6,}\.png", name) for name in os.listdir(out)):
         fail(f"--out {out} holds other files than numbered PNGs: choose another folder")
 
@@ -194,6 +266,7 @@ def main():
     # beside images/, so that images/ holds nothing but PNGs
     record = out.with_name(out.name + ".json")
     request = {"num": args.num, "seed": args.seed, "labels": args.labels, "truncation": args.truncation,
+               "text": args.text, "data": args.data,
                "generator": digest, "step": saved["step"]}
     try:
         done = out.exists() and json.loads(record.read_text()) == request
@@ -201,7 +274,7 @@ def main():
         done = False
 
     def draw(numbers):
-        return generate(generator, get_latents(args, saved, numbers), draw_labels(args, saved, numbers), device)
+        return generate(generator, get_latents(args, generator, numbers), told(numbers), device)
 
     def blocks():
         for first in tqdm(range(0, args.num, BLOCK), unit_scale=BLOCK, unit="img", disable=None):
@@ -213,14 +286,20 @@ def main():
         elif args.num:
             record.unlink(missing_ok=True)
             write_images(out, blocks())
+            with whole_file(out.with_name(out.name + ".jsonl")) as file:  # what each image was told
+                file.write("".join(json.dumps({"image": i} | note(i)) + "\n" for i in range(args.num)).encode())
             write_json(record, request)
             print(f"{out}: {args.num} images of step {saved['step']}")
         if args.grid:
             with whole_file(folder / "grid.png") as file:
                 make_grid(draw(range(args.grid)), columns=min(math.ceil(math.sqrt(args.grid)), 32)).save(file, "PNG")
             print(f"{folder / 'grid.png'}: the first {args.grid} images")
+            if saved["model"]["condition"] in ("text", "vector"):
+                shown = range(min(args.grid, 32))
+                write_captioned(folder / "captions.png", [note(i) for i in shown], draw(shown), args.data)
+                print(f"{folder / 'captions.png'}: generated, real and caption")
         if args.interpolate:
-            write_walk(args, folder, generator, saved, device)
+            write_walk(args, folder, generator, told, device)
     except OSError as error:
         sys.exit(f"sample.py: {error.strerror or error}: {error.filename or out}")
 

@@ -37,9 +37,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-EMBEDDING = 64  # numbers that a class becomes in G
+EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
-STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "grad_norm_d")
+STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "grad_norm_d", "diversity", "clipped_g",
+         "clipped_d")
 # options that a resumed run may change: where, how long and how it is watched (a cosine then ends with the new length)
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device", "compile",
         "max_skips"}
@@ -69,24 +70,42 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="DATA", help="folder made by prepare_data.py")
     add("--out", required=True, metavar="RUN", help="folder of this run")
-    add("--condition", choices=["none", "label"], default="none", help="what G and D are told: nothing, or the class")
+    add("--condition", choices=["none", "label", "text"], default="none", help="what G and D are told: nothing, the "
+        "class, or a caption")
     add("--flip", action="store_true", help="mirror half of the real images, left to right")
+    add("--crop-shift", type=float, default=0.0, metavar="SHARE", help="move real images by up to this share of the side")
+    add("--jitter", type=float, default=0.0, metavar="STRENGTH", help="vary brightness, contrast and saturation of "
+        "real images; G learns that too")
+    add("--diffaug", action="store_true", help="DiffAugment real and generated images alike: for some thousand images")
 
     add = parser.add_argument_group("networks").add_argument
     add("--arch", choices=list(ARCHITECTURES), default="dcgan", help="dcgan: transposed convolutions; upsample: "
-        "nearest neighbour and 3×3 convolutions, dropout in D")
+        "nearest neighbour and 3×3 convolutions, dropout in D; resnet: no normalisation, for --loss relativistic")
     add("--width", type=int, default=64, help="channels at the highest resolution; they double at each halving")
     add("--width-d", type=int, help="the same of D alone (default: as --width)")
     add("--extra-convs", type=int, default=0, help="3×3 convolutions more at each resolution of G")
     add("--depth", type=int, help="doublings from the first feature map to the image (default: from 4 to 7 pixels on)")
-    add("--norm-d", choices=["batch", "none"], default="batch", help="normalisation in D; none goes with --r1")
+    add("--norm-d", choices=["batch", "none"], default="batch", help="normalisation in D (resnet has none); none goes "
+        "with --r1 and --gp")
+    add("--spectral-norm", action="store_true", help="spectral normalisation of D's weights")
+    add("--attention", action="store_true", help="words attend to the places of G's middle feature map")
+    add("--cond-augment", type=float, default=0.0, metavar="WEIGHT", help="G draws its condition from a normal "
+        "distribution around it; weight of that distribution's divergence")
+    add("--grow", metavar="SIZES", help="sizes to grow through, ending with the data's: 16,32,64")
     add("--latent-dim", type=int, default=100, help="numbers in z")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; "
-        "relativistic: of real against fake in pairs, for --norm-d none with --r1 and --r2")
-    add("--r1", type=float, default=0.0, metavar="GAMMA", help="weight of D's squared gradient at real images")
-    add("--r2", type=float, default=0.0, metavar="GAMMA", help="weight of D's squared gradient at fakes")
+    add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; hinge; lsgan; "
+        "wgan-gp; relativistic: of real against fake in pairs")
+    add("--r1", type=float, metavar="GAMMA", help="weight of D's squared gradient at real images (default: 0.05 with "
+        "relativistic, else 0)")
+    add("--r2", type=float, metavar="GAMMA", help="the same at fakes")
+    add("--gp", type=float, metavar="WEIGHT", help="gradient penalty between real and fake (default: 10 with wgan-gp, "
+        "else 0)")
+    add("--feature-matching", type=float, default=0.0, metavar="WEIGHT", help="G matches the mean of D's features; 0.01 "
+        "helps, 0.1 is known to destabilise")
+    add("--mismatch-weight", type=float, default=0.0, metavar="SHARE", help="share of D's loss that tells real images "
+        "with their own condition from those with another's; 0.5 is GAN-CLS")
     add("--real-label", type=float, default=1.0, help="D's target for real images; 0.9 is one-sided smoothing")
     add("--fake-label", type=float, default=0.0, help="D's target for fakes; 0.1 makes the smoothing two-sided")
 
@@ -96,10 +115,16 @@ def parse_args(argv=None):
     add("--max-steps", type=int, help="end after so many steps, if that is earlier")
     add("--lr-g", type=float, default=2e-4, help="learning rate of G")
     add("--lr-d", type=float, default=2e-4, help="learning rate of D")
-    add("--schedule", choices=["constant", "cosine"], default="constant", help="course of both learning rates")
+    add("--d-steps", type=int, default=1, help="steps of D for each of G, which learns in every so manyth step")
+    add("--d-interval", type=int, default=1, help="D learns in every so manyth step")
+    add("--schedule", choices=["constant", "linear", "cosine", "cosine-restarts"], default="constant",
+        help="course of both learning rates")
+    add("--warmup", type=int, default=0, metavar="STEPS", help="steps over which the learning rates rise from 0")
+    add("--restarts", type=int, default=4, help="cycles of cosine-restarts")
     add("--lr-final", type=float, default=0.0, help="where a schedule ends, as a share of the learning rate")
+    add("--optimizer", choices=["adam", "adamw", "rmsprop"], default="adam", help="adamw decays weights by 0.01")
     add("--beta1", type=float, default=0.5, help="Adam's decay of the mean gradient")
-    add("--beta2", type=float, default=0.999, help="Adam's decay of the mean square")
+    add("--beta2", type=float, default=0.999, help="decay of the mean square, RMSprop's too")
     add("--ema", type=float, default=0.999, help="decay a step of G's running average, which is what is sampled")
     add("--clip-grad", type=float, help="largest norm of a network's gradient")
     add("--grad-accum", type=int, default=1, help="parts into which a batch is cut to save memory")
@@ -116,32 +141,53 @@ def parse_args(argv=None):
     add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
     add("--save-every", type=int, default=1000, help="steps between checkpoints")
     add("--grid-every", type=int, default=500, help="steps between sample grids")
+    add("--fid-every", type=int, metavar="EPOCHS", help="epochs between FIDs of the averaged generator; the best is best.pt")
+    add("--fid-num", type=int, default=2048, help="generated and real images of that FID, each")
+    add("--patience", type=int, metavar="N", help="end after N of these FIDs without a better one")
     add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there is one; "
         "never: start over and replace what RUN holds; or a checkpoint's path")
     args = parser.parse_args(argv)
-    positive = ("width", "width_d", "depth", "latent_dim", "batch_size", "epochs", "max_steps", "grad_accum",
-                "max_skips", "log_every", "save_every", "grid_every")
+    for name, default in LOSSES[args.loss][2].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.r1, args.r2, args.gp = args.r1 or 0.0, args.r2 or 0.0, args.gp or 0.0
+    positive = ("width", "width_d", "depth", "latent_dim", "batch_size", "epochs", "max_steps", "grad_accum", "restarts",
+                "max_skips", "log_every", "save_every", "grid_every", "d_steps", "d_interval", "fid_every", "patience")
     ranges = {name: (1, 2 ** 31) for name in positive} | {
-        "extra_convs": (0, 100), "seed": (0, 2 ** 63), "clip_grad": (1e-12, math.inf), "r1": (0, math.inf),
-        "r2": (0, math.inf)} | {
-        name: (0, 1) for name in ("lr_g", "lr_d", "lr_final", "real_label", "fake_label")} | {
-        name: (0, 0.999999) for name in ("beta1", "beta2", "ema")}
+        "extra_convs": (0, 100), "seed": (0, 2 ** 63), "clip_grad": (1e-12, math.inf), "warmup": (0, 2 ** 31),
+        "fid_num": (2, 2 ** 31)} | {
+        name: (0, math.inf) for name in ("r1", "r2", "gp", "feature_matching", "cond_augment")} | {
+        name: (0, 1) for name in ("lr_g", "lr_d", "lr_final", "real_label", "fake_label", "mismatch_weight", "jitter")} | {
+        name: (0, 0.999999) for name in ("beta1", "beta2", "ema")} | {"crop_shift": (0, 0.5)}
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+    if args.condition == "none" and (args.mismatch_weight or args.cond_augment):
+        fail(f"--{'mismatch-weight' if args.mismatch_weight else 'cond-augment'}: needs --condition label or text")
+    if args.attention and args.condition != "text":
+        fail("--attention: words attend, which takes --condition text")
+    if args.patience and not args.fid_every:
+        fail("--patience counts FIDs: name --fid-every too")
+    if args.grow and args.compile:
+        fail("--grow changes the networks while they train, which --compile cannot follow: leave one of them out")
     return args
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 def load_data(folder, condition):
-    """DATA/ as (images (N, H, W, C) uint8 memory map, labels (N,) int64 or None, meta); refuses what does not agree."""
+    """DATA/ as (images (N, H, W, C) uint8 memory map, conditions, meta); refuses what does not agree.
+
+    conditions: None, labels (N,) int64, captions (N, K, L) of token ids, or their embeddings (N, K, n) float32.
+    """
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
         images = np.load(folder / "images.npy", mmap_mode="r")
-        labels = np.load(folder / "labels.npy") if condition == "label" and meta["classes"] else None
+        kind = "embeddings" if meta.get("text_encoder") else "tokens"
+        name = {"label": "labels" if meta["classes"] else "", "text": kind if meta["vocabulary"] else ""}.get(condition)
+        conditions = np.load(folder / f"{name}.npy", mmap_mode="r") if name else None
         said = (meta["count"], meta["size"], meta["size"], meta["channels"])
     except FileNotFoundError as error:
         fail(f"--data {folder}: {Path(error.filename).name} is not there; make the folder with prepare_data.py")
@@ -149,22 +195,24 @@ def load_data(folder, condition):
         fail(f"--data {folder}: damaged ({type(error).__name__}: {error}); make it again with prepare_data.py")
     if images.shape != said or images.dtype != np.uint8:
         fail(f"--data {folder}: meta.json says uint8 {said}, images.npy is {images.dtype} {images.shape}")
-    if condition == "label" and labels is None:
-        fail(f"--condition label: {folder} has no classes")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype != np.int64
-                               or not 0 <= labels.min() <= labels.max() < len(meta["classes"])):
-        fail(f"--data {folder}: labels.npy does not fit the images and classes that meta.json names")
-    return images, labels, meta
+    if name == "":
+        fail(f"--condition {condition}: {folder} has no {'classes' if condition == 'label' else 'captions'}")
+    if conditions is not None:
+        known = len(meta["classes"] if name == "labels" else meta["vocabulary"])
+        fits = conditions.shape[:1] == images.shape[:1] and conditions.ndim == (1 if name == "labels" else 3)
+        if not fits or name != "embeddings" and not 0 <= conditions.min() <= conditions.max() < known:
+            fail(f"--data {folder}: {name}.npy does not fit the images, classes or vocabulary that meta.json names")
+    return images, conditions, meta
 
 
 def batches(t, start, stop):
-    """Yield (images (B, C, H, W) uint8, labels (B,) int64 or None) on the device for steps start … stop - 1.
+    """Yield (images (B, C, H, W) uint8, condition (B, …) or None) on the device for steps start … stop - 1.
 
-    B is this process's share of the batch. The order of an epoch is a permutation from (seed, epoch) alone; one
-    thread gathers a batch ahead.
+    B is this process's share of the batch. The order of an epoch, and which of an image's captions is taken, come from
+    (seed, epoch) alone; one thread gathers a batch ahead.
     """
     share = t.args.batch_size // t.world
-    images, labels, orders = t.images, t.labels, {}
+    images, conditions, orders = t.images, t.conditions, {}
     resident = t.device.type == "cuda" and images.nbytes < 0.5 * torch.cuda.mem_get_info(t.device)[0]
     if resident:
         images = torch.from_numpy(np.array(images)).to(t.device)
@@ -173,12 +221,13 @@ def batches(t, start, stop):
         epoch, place = divmod(step, t.steps_per_epoch)
         if epoch not in orders:
             orders.clear()
-            orders[epoch] = np.random.default_rng([t.args.seed, epoch]).permutation(len(images))
+            rng = np.random.default_rng([t.args.seed, epoch])
+            orders[epoch] = rng.permutation(len(images)), rng.random(len(images))
         first = place * t.args.batch_size + t.rank * share
-        index = orders[epoch][first:first + share]
+        index, draws = (part[first:first + share] for part in orders[epoch])
         rows = images[to_device(index, t.device)] if resident else to_device(images[index], t.device)
         # a channels-last view, no copy
-        return rows.permute(0, 3, 1, 2), None if labels is None else to_device(labels[index], t.device)
+        return rows.permute(0, 3, 1, 2), condition_of(t, conditions, index, draws)
 
     # a thread starts on GPU 0, where another process's memory would be taken
     settle = (torch.cuda.set_device, (t.device,)) if t.device.type == "cuda" else (None, ())
@@ -189,6 +238,17 @@ def batches(t, start, stop):
             if step + 1 < stop:
                 ahead = thread.submit(gather, step + 1)
             yield batch
+
+
+def condition_of(t, conditions, index, draws):
+    """The condition of the images with these numbers, on the device; a draw in [0, 1) chooses among its captions."""
+    if conditions is None:
+        return None
+    rows = conditions[index]
+    if rows.ndim == 3:
+        count = np.maximum((rows != 0).any(2).sum(1), 1)  # fewer captions than others have are padded
+        rows = rows[np.arange(len(rows)), (draws * count).astype(int)]
+    return to_device(rows.astype(np.float32 if rows.dtype.kind == "f" else np.int64), t.device)
 
 
 def to_device(array, device):
@@ -218,52 +278,140 @@ def default_depth(size):
     return depth
 
 
-class Generator(nn.Module):
-    """G(z (B, latent_dim), condition) -> images (B, channels, size, size) in [-1, 1].
+class Encoder(nn.Module):
+    """What a network is told -> (vector (B, EMBEDDING), words (B, L, EMBEDDING), mask (B, L) of the words).
 
-    condition: class indices (B,) where the network was built with classes, else None.
+    kind: label, class numbers (B,); text, token ids (B, L), 0 = padding; vector, sentence embeddings (B, known) that
+    prepare_data.py made. Only text has words.
     """
 
-    def __init__(self, size, channels, width, depth, latent_dim, extra_convs, classes):
+    def __init__(self, kind, known):
         super().__init__()
-        self.embed = nn.Embedding(classes, EMBEDDING) if classes else None
-        inputs = latent_dim + (EMBEDDING if classes else 0)
-        widths = [width << i for i in reversed(range(depth))]  # 64×64, width 64: 512, 256, 128, 64
-        self.layers = nn.Sequential(*self.build(inputs, size >> depth, widths, channels, extra_convs), nn.Tanh())
+        self.kind = kind
+        self.embed = nn.Linear(known, EMBEDDING) if kind == "vector" else nn.Embedding(known, EMBEDDING)
+        self.neighbours = nn.Conv1d(EMBEDDING, EMBEDDING, 3, 1, 1) if kind == "text" else None
+
+    def forward(self, told):
+        words = mask = None
+        vector = self.embed(told)
+        if self.kind == "text":
+            words, mask = vector + F.leaky_relu(self.neighbours(vector.mT).mT, 0.2), told > 0
+            vector = (words * (mask / mask.sum(1, keepdim=True).clamp(min=1)).unsqueeze(2)).sum(1)
+        return F.layer_norm(vector, (EMBEDDING,)), words, mask
+
+
+class WordAttention(nn.Module):
+    """Each place of a feature map (B, C, H, W) takes up the words that fit it (Xu et al. 2018)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.query, self.value = nn.Conv2d(channels, EMBEDDING, 1), nn.Linear(EMBEDDING, channels)
+
+    def forward(self, x, words, mask):
+        query = self.query(x).flatten(2).transpose(1, 2)
+        found = F.scaled_dot_product_attention(query, words.to(query), self.value(words).to(query),
+                                               attn_mask=(mask | ~mask.any(1, keepdim=True)).unsqueeze(1))
+        return x + found.transpose(1, 2).reshape(x.shape)
+
+
+class Generator(nn.Module):
+    """G(z (B, noise_dim), condition) -> images (B, channels, size, size) in [-1, 1].
+
+    condition: what the encoder of the model's kind takes, or None. The first stage makes a small feature map, each
+    other doubles it, and so does the head. With several sizes (--grow) `level` says which is drawn: 0.3 is the second
+    at 30 % over the first.
+    """
+
+    def __init__(self, m):
+        super().__init__()
+        self.encode = None if m.condition == "none" else Encoder(m.condition, m.known)
+        self.augment = nn.Linear(EMBEDDING, 2 * EMBEDDING) if m.cond_augment else None
+        self.noise_dim = m.latent_dim + (EMBEDDING if m.cond_augment else 0)
+        widths = [m.width << i for i in reversed(range(m.depth))]  # 64×64, width 64: 512, 256, 128, 64
+        base, inputs = m.sizes[-1] >> m.depth, m.latent_dim + (EMBEDDING if self.encode else 0)
+        self.stages = nn.ModuleList([self.first(inputs, widths[0], base, m.extra_convs)])
+        self.stages.extend(self.stage(a, b, m.extra_convs) for a, b in zip(widths, widths[1:]))
+        self.ends = [(size // base).bit_length() - 2 for size in m.sizes]  # the last stage of each size
+        self.heads = nn.ModuleList(self.head(widths[end], m.channels) for end in self.ends)
+        self.level, self.attended = len(m.sizes) - 1, m.depth // 2
+        for module in [*self.stages.modules(), *self.heads.modules()]:
+            self.init(module)
+        self.attend = WordAttention(widths[self.attended]) if m.attention else None
+
+    def init(self, module):
+        pass
 
     def forward(self, z, condition=None):
-        if self.embed is not None:
-            z = torch.cat([z, self.embed(condition)], 1)
-        return self.layers(z)
+        if self.encode is not None:
+            told, words, mask = self.encode(condition)
+            if self.augment is not None:  # conditioning augmentation (Zhang et al. 2017)
+                z, noise = z.split([z.shape[1] - EMBEDDING, EMBEDDING], 1)
+                mean, log_variance = self.augment(told).float().chunk(2, 1)
+                self.kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+                told = mean + noise * (log_variance / 2).exp()
+            z = torch.cat([z, told], 1)
+        drawn, x = math.ceil(self.level), z
+        for i, stage in enumerate(self.stages[:self.ends[drawn] + 1]):
+            x = stage(x)
+            if self.attend is not None and i == self.attended:
+                x = self.attend(x, words, mask)
+            if drawn and i == self.ends[drawn - 1]:
+                smaller = x
+        image = self.heads[drawn](x)
+        if self.level < drawn:  # progressive growing fades the new size in (Karras et al. 2018)
+            before = F.interpolate(self.heads[drawn - 1](smaller), size=image.shape[2:])
+            image = torch.lerp(before, image, self.level - drawn + 1)
+        return image.tanh()
 
 
 class Discriminator(nn.Module):
-    """D(images (B, channels, size, size) in [-1, 1], condition) -> logits (B,) float32.
+    """D(images (B, channels, size, size) in [-1, 1], condition) -> (logits (B,), features (B, C)), both float32.
 
-    Classes are judged by projection (Miyato & Koyama 2018): their embedding times the mean of the last features.
+    The condition is judged by projection (Miyato & Koyama 2018), on the features, which are means over the places.
     """
 
-    def __init__(self, size, channels, width, depth, norm, classes):
+    def __init__(self, m):
         super().__init__()
-        widths = [channels] + [width << i for i in range(depth)]
-        self.features, self.head = self.build(size >> depth, widths, norm == "batch")
-        if norm == "none":  # without it the signal would fade at N(0, 0.02): He et al. 2015
-            for module in self.features.modules():
-                if isinstance(module, nn.Conv2d):
+        widths, self.normalised = [m.width_d << i for i in range(m.depth)], m.norm_d == "batch"
+        self.starts = [(m.sizes[-1] // size).bit_length() - 1 for size in m.sizes]  # the first stage of each size
+        self.stems = nn.ModuleList(self.stem(m.channels, widths[start]) for start in self.starts)
+        self.stages = nn.ModuleList(self.stage(a, b) for a, b in zip(widths, widths[1:]))
+        self.head = self.last(widths[-1], m.sizes[-1] >> m.depth)
+        for module in self.modules():
+            self.init(module)
+        if not self.normalised:  # without it the signal would fade at N(0, 0.02): He et al. 2015
+            for module in [*self.stems.modules(), *self.stages.modules()]:
+                if isinstance(module, nn.Conv2d) and module.weight.any():
                     nn.init.kaiming_normal_(module.weight, 0.2)
-        self.project = nn.Embedding(classes, widths[-1]) if classes else None
-        if classes:
+        self.level = len(m.sizes) - 1
+        self.encode = None if m.condition == "none" else Encoder(m.condition, m.known)
+        if self.encode is not None:
+            self.project = nn.Linear(EMBEDDING, widths[-1], bias=False)
             nn.init.normal_(self.project.weight, 0, 0.02)
+        if m.spectral_norm:
+            for module in [x for x in self.modules() if isinstance(x, (nn.Conv2d, nn.Linear))]:
+                nn.utils.parametrizations.spectral_norm(module)
+
+    def init(self, module):
+        pass
 
     def forward(self, x, condition=None):
-        features = self.features(x)
-        logits = self.head(features).flatten().float()
-        if self.project is not None:
-            logits = logits + (self.project(condition) * features.mean((2, 3)).float()).sum(1)
-        return logits
+        seen, h = math.ceil(self.level), self.stems[math.ceil(self.level)](x)
+        for i in range(self.starts[seen], len(self.stages) + 1):
+            if self.level < seen and i == self.starts[seen - 1]:
+                smaller = F.avg_pool2d(x, 2 ** (self.starts[seen - 1] - self.starts[seen]))
+                h = torch.lerp(self.stems[seen - 1](smaller), h, self.level - seen + 1)
+            if i < len(self.stages):
+                h = self.stages[i](h)
+        logits, features = self.head(h).flatten().float(), h.mean((2, 3)).float()
+        return logits if self.encode is None else logits + self.match(features, condition), features
+
+    def match(self, features, condition):
+        """How well features (B, C) fit conditions: the part of the logits (B,) that comes from the condition."""
+        return (self.project(self.encode(condition)[0]).float() * features).sum(1)
 
 
-def dcgan_init(module):
+def dcgan_init(self, module):
     """Radford et al. 2016, as in pytorch/examples: convolutions N(0, 0.02), normalisations N(1, 0.02)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0, 0.02)
@@ -273,64 +421,125 @@ def dcgan_init(module):
 
 class DCGANGenerator(Generator):
     """Radford et al. 2016: transposed 4×4 convolutions, batch normalisation, ReLU."""
+    init = dcgan_init
 
-    def build(self, inputs, base, widths, channels, extra):
-        def block(a, b, *shape):
-            layers = [nn.ConvTranspose2d(a, b, *shape, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
-            for _ in range(extra):
-                layers += [nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
-            return layers
-        layers = [nn.Unflatten(1, (inputs, 1, 1)), *block(inputs, widths[0], base, 1, 0)]
-        for a, b in zip(widths, widths[1:]):
-            layers += block(a, b, 4, 2, 1)
-        return [layer.apply(dcgan_init) for layer in
-                layers + [nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1, bias=False)]]
+    def block(self, a, b, extra, *shape):
+        layers = [nn.ConvTranspose2d(a, b, *shape, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
+        for _ in range(extra):
+            layers += [nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
+        return layers
+
+    def first(self, inputs, width, base, extra):
+        return nn.Sequential(nn.Unflatten(1, (inputs, 1, 1)), *self.block(inputs, width, extra, base, 1, 0))
+
+    def stage(self, a, b, extra):
+        return nn.Sequential(*self.block(a, b, extra, 4, 2, 1))
+
+    def head(self, width, channels):
+        return nn.ConvTranspose2d(width, channels, 4, 2, 1, bias=False)
 
 
 class DCGANDiscriminator(Discriminator):
     """Radford et al. 2016: strided 4×4 convolutions, batch normalisation after the first, LeakyReLU 0.2."""
+    init = dcgan_init
 
-    def build(self, base, widths, norm):
-        layers = []
-        for a, b in zip(widths, widths[1:]):
-            normal = nn.BatchNorm2d(b) if layers and norm else nn.Identity()
-            layers += [nn.Conv2d(a, b, 4, 2, 1, bias=False), normal, nn.LeakyReLU(0.2, True)]
-        head = nn.Conv2d(widths[-1], 1, base, bias=False)
-        return nn.Sequential(*layers).apply(dcgan_init), head.apply(dcgan_init)
+    def stem(self, channels, width):
+        return nn.Sequential(nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True))
+
+    def stage(self, a, b):
+        normal = nn.BatchNorm2d(b) if self.normalised else nn.Identity()
+        return nn.Sequential(nn.Conv2d(a, b, 4, 2, 1, bias=False), normal, nn.LeakyReLU(0.2, True))
+
+    def last(self, width, base):
+        return nn.Conv2d(width, 1, base, bias=False)
 
 
 class UpsampleGenerator(Generator):
     """Linear to the first feature map, then nearest-neighbour upsampling and 3×3 convolutions."""
 
-    def build(self, inputs, base, widths, channels, extra):
-        layers = [nn.Linear(inputs, widths[0] * base * base), nn.Unflatten(1, (widths[0], base, base))]
-        for a, b in zip(widths, widths[1:]):
-            layers.append(nn.Upsample(scale_factor=2))
-            for inputs in [a] + [b] * extra:
-                layers += [nn.Conv2d(inputs, b, 3, 1, 1), nn.BatchNorm2d(b, momentum=0.8), nn.LeakyReLU(0.2, True)]
-        return layers + [nn.Upsample(scale_factor=2), nn.Conv2d(widths[-1], channels, 3, 1, 1)]
+    def first(self, inputs, width, base, extra):
+        return nn.Sequential(nn.Linear(inputs, width * base * base), nn.Unflatten(1, (width, base, base)))
+
+    def stage(self, a, b, extra):
+        layers = [nn.Upsample(scale_factor=2)]
+        for inputs in [a] + [b] * extra:
+            layers += [nn.Conv2d(inputs, b, 3, 1, 1), nn.BatchNorm2d(b, momentum=0.8), nn.LeakyReLU(0.2, True)]
+        return nn.Sequential(*layers)
+
+    def head(self, width, channels):
+        return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, channels, 3, 1, 1))
 
 
 class UpsampleDiscriminator(Discriminator):
     """Strided 3×3 convolutions, LeakyReLU 0.2, dropout of a quarter of the maps, batch normalisation from block 2."""
 
-    def build(self, base, widths, norm):
-        layers = []
-        for a, b in zip(widths, widths[1:]):
-            normal = nn.BatchNorm2d(b, momentum=0.8) if layers and norm else nn.Identity()
-            layers += [nn.Conv2d(a, b, 3, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout2d(0.25), normal]
-        return nn.Sequential(*layers), nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * base * base, 1))
+    def stem(self, channels, width):
+        return nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout2d(0.25))
+
+    def stage(self, a, b):
+        normal = nn.BatchNorm2d(b, momentum=0.8) if self.normalised else nn.Identity()
+        return nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout2d(0.25), normal)
+
+    def last(self, width, base):
+        return nn.Sequential(nn.Flatten(), nn.Linear(width * base * base, 1))
 
 
-ARCHITECTURES = {"dcgan": (DCGANGenerator, DCGANDiscriminator), "upsample": (UpsampleGenerator, UpsampleDiscriminator)}
+class Residual(nn.Module):
+    """x + 1×1(LeakyReLU(3×3(LeakyReLU(x)))), the last convolution 0 at first."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.last(F.leaky_relu(self.conv(F.leaky_relu(x, 0.2)), 0.2))
+
+
+def resnet_init(self, module):
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, 0.2)
+    if isinstance(module, Residual):
+        nn.init.zeros_(module.last.weight)
+
+
+class ResnetGenerator(Generator):
+    """After R3GAN (Huang et al. 2024), small: residual blocks without normalisation, bilinear upsampling."""
+    init = resnet_init
+
+    def first(self, inputs, width, base, extra):
+        return nn.Sequential(nn.Linear(inputs, width * base * base), nn.Unflatten(1, (width, base, base)),
+                             *[Residual(width) for _ in range(1 + extra)])
+
+    def stage(self, a, b, extra):
+        return nn.Sequential(nn.Conv2d(a, b, 1), nn.Upsample(scale_factor=2, mode="bilinear"),
+                             *[Residual(b) for _ in range(1 + extra)])
+
+    def head(self, width, channels):
+        return nn.Sequential(nn.LeakyReLU(0.2), nn.ConvTranspose2d(width, channels, 4, 2, 1))
+
+
+class ResnetDiscriminator(Discriminator):
+    """The generator's mirror image."""
+    init = resnet_init
+
+    def stem(self, channels, width):
+        return nn.Conv2d(channels, width, 4, 2, 1)
+
+    def stage(self, a, b):
+        return nn.Sequential(Residual(a), nn.AvgPool2d(2), nn.Conv2d(a, b, 1))
+
+    def last(self, width, base):
+        return nn.Sequential(Residual(width), nn.LeakyReLU(0.2), nn.Conv2d(width, 1, base))
+
+
+ARCHITECTURES = {"dcgan": (DCGANGenerator, DCGANDiscriminator), "upsample": (UpsampleGenerator, UpsampleDiscriminator),
+                 "resnet": (ResnetGenerator, ResnetDiscriminator)}
 
 
 def build_networks(model):
     """(G, D) from the model's options, as stored in checkpoints: see set_up()."""
     generator, discriminator = ARCHITECTURES[model["arch"]]
-    both = {k: model[k] for k in ("size", "channels", "depth", "classes")}
-    return (generator(width=model["width"], latent_dim=model["latent_dim"], extra_convs=model["extra_convs"], **both),
-            discriminator(width=model["width_d"], norm=model["norm_d"], **both))
+    return generator(SimpleNamespace(**model)), discriminator(SimpleNamespace(**model))
 
 
 def load_generator(path, device="cpu"):
@@ -339,6 +548,7 @@ def load_generator(path, device="cpu"):
     try:
         generator, _ = build_networks(saved["model"])
         generator.load_state_dict(saved.pop("generator"))
+        generator.level = saved["level"]
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path}: not a generator that train.py wrote ({type(error).__name__}: {error})") from None
     return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), saved
@@ -357,6 +567,29 @@ def bce_g(fake, real, args):
     return F.softplus(-fake).mean()
 
 
+def hinge_d(real, fake, args):
+    """Lim & Ye 2017; G's side is wgan_g."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def lsgan_d(real, fake, args):
+    """Least squares (Mao et al. 2017), targets as in bce."""
+    return 0.5 * ((real - args.real_label).square().mean() + (fake - args.fake_label).square().mean())
+
+
+def lsgan_g(fake, real, args):
+    return 0.5 * (fake - 1).square().mean()
+
+
+def wgan_d(real, fake, args):
+    """Wasserstein distance (Arjovsky et al. 2017); with --gp it is WGAN-GP."""
+    return fake.mean() - real.mean()
+
+
+def wgan_g(fake, real, args):
+    return -fake.mean()
+
+
 def relativistic_d(real, fake, args):
     """D on pairs of real and fake (Jolicoeur-Martineau 2019; with R1 and R2: Huang et al. 2024)."""
     return F.softplus(fake - real).mean()
@@ -367,21 +600,118 @@ def relativistic_g(fake, real, args):
     return F.softplus(real - fake).mean()
 
 
-def gradient_penalty(logits, images):
-    """Mean squared norm of D's gradient by its input (Mescheder et al. 2018): R1 at real images, R2 at fakes."""
+# name: loss of D, loss of G, fitting weights of the penalties where none are named
+LOSSES = {"bce": (bce_d, bce_g, {}), "hinge": (hinge_d, wgan_g, {}), "lsgan": (lsgan_d, lsgan_g, {}),
+          "wgan-gp": (wgan_d, wgan_g, {"gp": 10.0}),
+          "relativistic": (relativistic_d, relativistic_g, {"r1": 0.05, "r2": 0.05})}
+
+
+def squared_gradient(logits, images):
+    """Squared norm (B,) of D's gradient by its input (B, C, H, W), itself differentiable."""
     gradient, = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return gradient.float().square().sum((1, 2, 3)).mean()
+    return gradient.float().square().sum((1, 2, 3))
 
 
-LOSSES = {"bce": (bce_d, bce_g), "relativistic": (relativistic_d, relativistic_g)}
+def loss_of_d(t, x, c, fake):
+    """D on real x and on fakes, both (B, C, H, W), with condition c: (loss, logits (B,) of x, of the fakes)."""
+    args, D, objective = t.args, t.d.net, LOSSES[t.args.loss][0]
+    x, fake = x.detach().requires_grad_(args.r1 > 0), fake.detach().requires_grad_(args.r2 > 0)
+    with t.autocast():
+        real_logits, features = D(diffaug(x) if args.diffaug else x, c)
+        fake_logits, _ = D(diffaug(fake) if args.diffaug else fake, c)
+    loss = objective(real_logits, fake_logits, args)
+    if args.mismatch_weight:  # the neighbour's condition is a wrong one (Reed et al. 2016)
+        wrong_logits = real_logits + D.match(features, c.roll(1, 0)) - D.match(features, c)
+        loss = torch.lerp(loss, objective(real_logits, wrong_logits, args), args.mismatch_weight)
+    if args.r1:  # Mescheder et al. 2018
+        loss = loss + args.r1 / 2 * squared_gradient(real_logits, x).mean()
+    if args.r2:
+        loss = loss + args.r2 / 2 * squared_gradient(fake_logits, fake).mean()
+    if args.gp:  # Gulrajani et al. 2017
+        between = torch.lerp(fake, x, torch.rand(len(x), 1, 1, 1, device=t.device)).detach().requires_grad_()
+        with t.autocast():
+            logits, _ = D(between, c)
+        loss = loss + args.gp * (squared_gradient(logits, between).add(1e-12).sqrt() - 1).square().mean()
+    return loss, real_logits.detach(), fake_logits.detach()
+
+
+def loss_of_g(t, x, c, fake):
+    """G on its fakes, beside real x where the objective compares: (loss, logits (B,) of the fakes)."""
+    args, D = t.args, t.d.net
+    with t.autocast():
+        fake_logits, features = D(diffaug(fake) if args.diffaug else fake, c)
+        real_logits = real_features = None
+        if args.loss == "relativistic" or args.feature_matching:
+            with torch.no_grad():
+                real_logits, real_features = D(diffaug(x) if args.diffaug else x, c)
+    loss = LOSSES[args.loss][1](fake_logits, real_logits, args)
+    if args.feature_matching:  # Salimans et al. 2016
+        loss = loss + args.feature_matching * (features.mean(0) - real_features.mean(0)).square().mean()
+    if args.cond_augment:
+        loss = loss + args.cond_augment * t.g.net.kl
+    return loss, fake_logits.detach()
 
 
 def learning_rate(base, args, step, total):
     """The learning rate at a step: a function of the step, so that nothing of it is saved."""
-    if args.schedule == "constant":
-        return base
-    share = 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+    if step < args.warmup:
+        return base * (step + 1) / args.warmup
+    done = min((step - args.warmup) / max(total - args.warmup, 1), 1)
+    if args.schedule == "cosine-restarts":  # Loshchilov & Hutter 2017
+        done = done * args.restarts % 1
+    share = {"constant": 1, "linear": 1 - done}.get(args.schedule, 0.5 * (1 + math.cos(math.pi * done)))
     return base * (args.lr_final + (1 - args.lr_final) * share)
+
+
+def level_at(sizes, step, total):
+    """Which size is drawn at a step, see Generator: an equal share of the steps each, its first half to fade in."""
+    place = step / max(total, 1) * len(sizes)
+    size = min(int(place), len(sizes) - 1)
+    return size + min(2 * (place - size), 1) - 1 if size else 0
+
+
+# ---- augmentation, on the device: images (B, C, H, W) in [-1, 1] ----------------------------------------------------
+
+def to_float(images, args):
+    """uint8 -> [-1, 1] float32, with what --flip, --crop-shift and --jitter ask for, drawn for each image."""
+    x = images.float() / 127.5 - 1
+    if args.flip:
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+    if args.crop_shift:
+        x = shift(x, args.crop_shift, "reflect")
+    return colour(x, args.jitter).clamp(-1, 1) if args.jitter else x
+
+
+def diffaug(x):
+    """DiffAugment (Zhao et al. 2020), differentiable: colour, shift by up to 1/8, a square of half the side cut out."""
+    return cut_out(shift(colour(x, 0.5), 1 / 8, "constant"))
+
+
+def colour(x, strength):
+    """Brightness ± strength, saturation × (1 ± 2·strength), contrast × (1 ± strength)."""
+    brightness, saturation, contrast = strength * (2 * torch.rand(3, len(x), 1, 1, 1, device=x.device) - 1)
+    x = x + brightness
+    gray = x.mean(1, keepdim=True)
+    x = gray + (x - gray) * (1 + 2 * saturation)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (1 + contrast)
+
+
+def shift(x, share, mode):
+    """Moved by up to `share` of the side in both directions, over an edge padded in this mode."""
+    side, reach = x.shape[2], round(x.shape[2] * share)
+    top, left = torch.randint(0, 2 * reach + 1, (2, len(x), 1), device=x.device)
+    rows, columns = (start + torch.arange(side, device=x.device) for start in (top, left))
+    padded = F.pad(x, [reach] * 4, mode=mode).permute(0, 2, 3, 1)
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cut_out(x):
+    side = x.shape[2]
+    top, left = torch.randint(0, side + 1, (2, len(x), 1), device=x.device)
+    rows, columns = ((torch.arange(side, device=x.device) + 0.5 - middle).abs() < side / 4 for middle in (top, left))
+    return x * ~(rows[:, None, :, None] & columns[:, None, None, :])
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -452,7 +782,7 @@ def lock(out):
 
 def write_status(t, state, **more):
     if t.rank == 0:
-        write_json(t.out / "status.json", {"state": state, "step": t.step, "steps": t.total, **more,
+        write_json(t.out / "status.json", {"state": state, "step": t.step, "steps": t.total, **more, "warnings": [*t.warned.values()],
                                            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(),
                                            "host": socket.gethostname()})
 
@@ -465,7 +795,7 @@ def checkpoint(t):
             "G": t.g.net.state_dict(), "D": t.d.net.state_dict(), "ema": t.ema.state_dict(),
             "optimizer_g": t.g.optimizer.state_dict(), "optimizer_d": t.d.optimizer.state_dict(),
             "scaler_g": t.g.scaler.state_dict(), "scaler_d": t.d.scaler.state_dict(),
-            "sums": t.sums, "counts": t.counts, "skips": t.skips}
+            "sums": t.sums, "counts": t.counts, "skips": t.skips, "warned": t.warned, "best": t.best}
 
 
 def save(t):
@@ -473,14 +803,18 @@ def save(t):
     pool(t)
     if t.rank != 0:
         return
-    write_torch(t.out / "generator.pt", {  # first: a run whose checkpoint says "finished" has its generator
-        "generator": t.ema.state_dict(), "model": t.model, "step": t.step, "seed": t.args.seed,
-        "name": str(t.meta["name"]), "classes": t.meta["classes"] if t.model["classes"] else None,
-        "class_counts": None if t.labels is None else np.bincount(t.labels, minlength=t.model["classes"]).tolist()})
+    save_generator(t, "generator.pt")  # first: a run whose checkpoint says "finished" has its generator
     write_torch(t.out / "checkpoint.next.pt", checkpoint(t))
     if (t.out / "checkpoint.pt").exists():
         os.replace(t.out / "checkpoint.pt", t.out / "checkpoint.prev.pt")
     os.replace(t.out / "checkpoint.next.pt", t.out / "checkpoint.pt")
+
+
+def save_generator(t, name):
+    write_torch(t.out / name, {
+        "generator": t.ema.state_dict(), "model": t.model, "level": t.ema.level, "step": t.step, "seed": t.args.seed,
+        "name": str(t.meta["name"]), "classes": t.meta["classes"], "class_counts": t.class_counts,
+        "vocabulary": t.meta["vocabulary"], "text_encoder": t.meta.get("text_encoder")})
 
 
 def find_checkpoint(args, out):
@@ -534,6 +868,8 @@ def restore(t, state):
         if side.scaler.is_enabled() and state[f"scaler_{name}"]:
             side.scaler.load_state_dict(state[f"scaler_{name}"])
     t.skips.copy_(state["skips"])
+    t.warned, t.best = state["warned"], state["best"]
+    t.ema.level = level_at(t.sizes, t.step, t.schedule_steps)
     if t.rank == 0:  # the sums of all processes, see pool()
         t.sums.copy_(state["sums"])
         t.counts.copy_(state["counts"])
@@ -567,80 +903,72 @@ class Signals:
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 
-def train_step(t, images, labels):
-    """One update of D and one of G on a batch: images (B, C, H, W) uint8, labels (B,) or None.
+def train_step(t, images, condition):
+    """One update of D and one of G on a batch: images (B, C, H, W) uint8, condition (B, …) or None.
 
-    Goodfellow et al. 2014, with G's non-saturating loss. Nothing here waits for the device.
+    Goodfellow et al. 2014. Nothing here waits for the device.
     """
     args, G, D = t.args, t.g.net, t.d.net
-    d_loss, g_loss = LOSSES[args.loss]
-    torch.manual_seed(seed_of(args.seed, t.step, t.rank))  # noise, dropout and flips of this step
-    z = torch.randn(len(images), args.latent_dim, device=t.device)
-    parts = list(zip(*(x.chunk(args.grad_accum) if x is not None else [None] * args.grad_accum
-                       for x in (to_float(images, args.flip), labels, z))))
-    keep_graph = len(parts) == 1  # one pass of G serves both updates; the graphs of several parts would fill the memory
-    seen = dict.fromkeys(STATS, 0.0)
+    torch.manual_seed(seed_of(args.seed, t.step, t.rank))  # noise, dropout and augmentation of this step
+    G.level = D.level = t.ema.level = level_at(t.sizes, t.step, t.schedule_steps)
+    x = to_float(images, args)
+    if (size := t.sizes[math.ceil(G.level)]) < x.shape[2]:
+        x = F.avg_pool2d(x, x.shape[2] // size)
+    z = torch.randn(len(x), G.noise_dim, device=t.device)
+    parts = list(zip(*(a.chunk(args.grad_accum) if a is not None else [None] * args.grad_accum
+                       for a in (x, condition, z))))
+    train_d, train_g = t.step % args.d_interval == 0, (t.step + 1) % args.d_steps == 0
+    keep_graph = train_g and len(parts) == 1  # one pass of G serves both updates; graphs of parts would fill the memory
+    seen = {}
     statistics = [b.clone() for b in t.g_buffers]
 
     # D: tell x from G(z)
     for x, c, z in parts:
-        with t.autocast():
-            with torch.set_grad_enabled(keep_graph):
-                fake = G(z, c)
-            x.requires_grad_(args.r1 > 0)
-            still = fake.detach().requires_grad_(args.r2 > 0)
-            real_logits, fake_logits = D(x, c), D(still, c)
-        loss = d_loss(real_logits, fake_logits, args)
-        if args.r1:
-            loss = loss + args.r1 / 2 * gradient_penalty(real_logits, x)
-        if args.r2:
-            loss = loss + args.r2 / 2 * gradient_penalty(fake_logits, still)
-        loss = loss / len(parts)
-        t.d.scaler.scale(loss).backward(inputs=t.d.params)
-        seen["loss_d"] += loss.detach()
-        # a relativistic D has no zero: what counts is the side of the middle
-        middle = (real_logits.mean() + fake_logits.mean()) / 2 if args.loss == "relativistic" else 0
-        seen["acc_real"] += (real_logits > middle).float().mean() / len(parts)
-        seen["acc_fake"] += (fake_logits < middle).float().mean() / len(parts)
-    seen["grad_norm_d"], skipped_d = update(t, t.d, seen["loss_d"])
+        with t.autocast(), torch.set_grad_enabled(keep_graph):
+            fake = G(z, c)
+        if train_d:
+            loss, real_logits, fake_logits = loss_of_d(t, x, c, fake)
+            t.d.scaler.scale(loss / len(parts)).backward(inputs=t.d.params)
+            # where logits have no zero, what counts is the side of the middle
+            middle = 0 if args.loss in ("bce", "hinge") else (real_logits.mean() + fake_logits.mean()) / 2
+            tally(seen, len(parts), loss_d=loss, acc_real=real_logits > middle, acc_fake=fake_logits < middle,
+                  diversity=fake.detach().float().std(0).mean() / x.std(0).mean())
+    if train_d:
+        update(t, t.d, "d", seen)
 
     # G: make D take G(z) for real; D's weights need no gradient for that
     D.requires_grad_(False)
-    for x, c, z in parts:
-        with t.autocast():
-            if not keep_graph:
+    for x, c, z in parts * train_g:
+        if not keep_graph:
+            with t.autocast():
                 fake = G(z, c)
-            fake_logits = D(fake, c)
-            with torch.no_grad():
-                real_logits = D(x, c) if args.loss == "relativistic" else None
-        loss = g_loss(fake_logits, real_logits, args) / len(parts)
-        t.g.scaler.scale(loss).backward()
-        seen["loss_g"] += loss.detach()
-        seen["reward"] += fake_logits.detach().sigmoid().mean() / len(parts)
+        loss, fake_logits = loss_of_g(t, x, c, fake)
+        t.g.scaler.scale(loss / len(parts)).backward()
+        tally(seen, len(parts), loss_g=loss, reward=fake_logits.sigmoid())
     D.requires_grad_(True)
-    seen["grad_norm_g"], skipped_g = update(t, t.g, seen["loss_g"])
+    if train_g:
+        update(t, t.g, "g", seen)
 
     for now, before in zip(t.g_buffers, statistics):  # of a batch that was skipped nothing is to stay
-        torch.where(skipped_g > 0, before, now, out=now)
+        torch.where(seen.get("skipped_g", t.zero) > 0, before, now, out=now)
     decay = min(args.ema, (1 + t.step) / (10 + t.step))  # short at first, so that the first weights are forgotten
     torch._foreach_lerp_(t.ema_tensors, t.g_tensors, 1 - decay)
-    record(t, torch.stack([seen[name] for name in STATS]), torch.stack([skipped_g, skipped_d]))
+    record(t, seen)
 
 
-def to_float(images, flip):
-    """uint8 (B, C, H, W) -> [-1, 1] float32, each mirrored with probability 1/2 where flip is set."""
-    x = images.float() / 127.5 - 1
-    if flip:
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
-    return x
+def tally(seen, parts, **values):
+    """Add the means of a part's values to those of the whole batch."""
+    for name, value in values.items():
+        seen[name] = seen.get(name, 0) + value.detach().float().mean() / parts
 
 
-def update(t, side, loss):
+def update(t, side, name, seen):
     """Step a network's optimiser, except where its gradient or loss is not finite: decided on the device.
 
-    Returns (norm of the gradient before clipping, 1.0 where the update was skipped, else 0.0).
+    Adds to `seen` the norm of the gradient before clipping, whether it was clipped, and whether the update was skipped.
     """
-    grads = [p.grad for p in side.params]
+    params = [p for p in side.params if p.grad is not None]  # a size that is not yet drawn has none
+    grads, loss = [p.grad for p in params], seen[f"loss_{name}"]
     if t.world > 1:  # by hand, as one tensor: penalties and two passes a step are no trouble then
         flat = torch.cat([g.flatten() for g in grads] + [loss.reshape(1)]) / t.world
         dist.all_reduce(flat)
@@ -649,24 +977,31 @@ def update(t, side, loss):
     side.scaler.unscale_(side.optimizer)
     norm = nn.utils.get_total_norm(grads)
     if t.args.clip_grad:
-        nn.utils.clip_grads_with_norm_(side.params, t.args.clip_grad, norm)
+        nn.utils.clip_grads_with_norm_(params, t.args.clip_grad, norm)
     skip = 1 - torch.isfinite(norm + loss.sum()).float()
     side.optimizer.param_groups[0]["lr"] = learning_rate(side.lr, t.args, t.step, t.schedule_steps)
+    if t.args.optimizer == "rmsprop":  # not fused: no gradient leaves the weights as they are
+        for g in grads:
+            g.masked_fill_(skip > 0, 0)
     side.optimizer.found_inf = skip  # a fused optimiser then leaves weights, moments and step count alone
     side.optimizer.step()
     side.scaler.update()
     side.optimizer.zero_grad()
-    return norm, skip
+    seen |= {f"grad_norm_{name}": norm, f"skipped_{name}": skip}
+    seen[f"clipped_{name}"] = (norm > (t.args.clip_grad or math.inf)).float()
 
 
-def record(t, values, skipped):
+def record(t, seen):
     """Add a step's values to the interval's sums, non-finite ones aside, and count skipped updates."""
+    nothing = torch.full_like(t.zero, math.nan)
+    values = torch.stack([seen.get(name, nothing) for name in STATS])
     finite = torch.isfinite(values)
     t.sums += torch.where(finite, values, 0)
     t.counts += finite
+    skipped = torch.stack([seen.get(name, nothing) for name in ("skipped_g", "skipped_d")])
     total, row, longest = t.skips
-    total += skipped
-    row.add_(1).mul_(skipped)
+    total += skipped.nan_to_num()
+    row.copy_(torch.where(skipped.isnan(), row, (row + 1) * skipped))  # a network that had no turn keeps its count
     torch.maximum(longest, row, out=longest)
 
 
@@ -685,14 +1020,19 @@ def pool(t):
 def train(t, signals):
     """Step until the end or a signal. Returns the signal's number, or 0."""
     args, number, times = t.args, 0, []
+    t.begun, fid_steps = t.step, (args.fid_every or 0) * t.steps_per_epoch
     data = batches(t, t.step, t.total)
     while t.step < t.total and not number:
         begin = stamp(t.device)
-        images, labels = next(data)
-        train_step(t, images, labels)
+        train_step(t, *next(data))
         t.step += 1
         times.append((begin, stamp(t.device)))
         t.bar.update()
+        if fid_steps and (t.step % fid_steps == 0 or t.step == t.total):
+            track_fid(t, signals.group)
+            if patience_over(t):
+                t.total = t.step
+                tqdm.write(f"--patience {args.patience}: the best FID is still that of step {t.best['step']}")
         last = t.step == t.total
         if t.step % args.log_every == 0 or last:
             log_interval(t, times)
@@ -704,6 +1044,64 @@ def train(t, signals):
             save(t)
             write_status(t, "running")
     return number
+
+
+def track_fid(t, group):
+    """A line in fid.jsonl with the FID of the averaged generator; best.pt where it is the lowest so far."""
+    start, n, fid = time.perf_counter(), min(t.args.fid_num, len(t.images)), [0.0]
+    if t.rank == 0:
+        import evaluate  # here alone: who does not track FID needs none of it
+        z = latents(t.args.seed, range(n), t.ema.noise_dim)
+        told = condition_of(t, t.conditions, np.random.default_rng(t.args.seed).permutation(len(t.images))[:n], np.zeros(n))
+        with torch.inference_mode():
+            parts = [t.ema(z[i:i + GRID].to(t.device), None if told is None else told[i:i + GRID])
+                     for i in range(0, n, GRID)]
+        fid = [evaluate.fid_against_data(np.concatenate([to_pixels(part) for part in parts]), t.args.data, n, t.device)]
+    if t.world > 1:
+        dist.broadcast_object_list(fid, 0, group)
+    better = t.best is None or fid[0] < t.best["fid"]
+    t.best = {"fid": fid[0], "step": t.step, "since": 0} if better else t.best | {"since": t.best["since"] + 1}
+    if t.rank == 0:
+        line = {"step": t.step, "epoch": round(t.step / t.steps_per_epoch, 4), "fid": fid[0], "n_generated": n,
+                "n_real": n, "seconds": round(time.perf_counter() - start, 1)}
+        with open(t.out / "fid.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        tqdm.write(f"step {t.step}  FID {fid[0]:.2f} ({n} generated, {n} real; {line['seconds']} s)"
+                   + ("  the best so far" if better else ""))
+        if better:
+            save_generator(t, "best.pt")
+
+
+def patience_over(t):
+    return bool(t.args.patience and t.best and t.best["since"] >= t.args.patience)
+
+
+def diagnose(t):
+    """Say in words, once each, what the last epoch's lines show; status.json keeps it."""
+    t.recent = [line for line in t.recent + [t.last] if line["step"] > t.step - t.steps_per_epoch]
+    if t.step - t.begun < t.steps_per_epoch:
+        return
+
+    def mean(*names):
+        values = [line[name] for line in t.recent for name in names if line[name] is not None]
+        return sum(values) / len(values) if values else math.nan
+
+    accuracy, moved = mean("acc_real", "acc_fake"), [x["loss_g"] for x in t.recent if x["loss_g"] is not None]
+    found = {
+        "D loses": (accuracy < 0.6 and t.args.loss != "relativistic", f"D tells real from fake in {accuracy:.0%} of cases, "
+                    "over an epoch: it is too weak to teach G; raise --lr-d or --width-d, or lower --lr-g"),
+        "D wins": (accuracy > 0.95, f"D tells real from fake in {accuracy:.0%} of cases, over an epoch: G learns little "
+                   "from it; lower --lr-d or --width-d, or try --real-label 0.9, --r1, --diffaug or --loss relativistic"),
+        "no motion": (len(moved) > 2 and max(moved) - min(moved) < 1e-4 * abs(max(moved)), "the loss of G has not moved "
+                      "for an epoch: raise --lr-g, or look whether the images differ at all"),
+        "collapse": (mean("diversity") < 0.3, f"generated images vary {mean('diversity'):.2f} times as much as real ones: "
+                     "G draws a few pictures only; look at grids/, and try --loss relativistic, a lower --lr-g or --r1"),
+        "clipped": (mean("clipped_g") > 0.95 or mean("clipped_d") > 0.95, "nearly every gradient of an epoch was clipped: "
+                    "the step is --clip-grad's, not the loss's; raise it or lower the learning rates")}
+    for name, (seen, text) in found.items():
+        if seen and name not in t.warned:
+            t.warned[name] = f"step {t.step}: {text}"
+            tqdm.write(f"note: {t.warned[name]}", file=sys.stderr)
 
 
 def stamp(device):
@@ -734,6 +1132,7 @@ def log_interval(t, times):
         with open(t.out / "log.jsonl", "a") as file:
             file.write(json.dumps(t.last, allow_nan=False) + "\n")
         shown = {k: f"{t.last[k]:.3f}" if t.last[k] is not None else "none" for k in STATS[:4]}
+        diagnose(t)
         t.bar.set_postfix(shown)
         if t.bar.disable:
             print(f"step {t.step}/{t.total}  epoch {t.last['epoch']:.2f}  "
@@ -751,7 +1150,7 @@ class Diverged(Exception):
 
 
 def write_grid(t):
-    """RUN/grids/step_*.png of the same latents and classes all along, from the averaged generator."""
+    """RUN/grids/step_*.png of the same latents and conditions all along, from the averaged generator."""
     if t.rank == 0:
         with torch.inference_mode():
             pixels = to_pixels(t.ema(t.grid_z, t.grid_condition))
@@ -832,9 +1231,9 @@ def find_precision(name, device):
     return "bf16" if device.type == "cpu" and (capable.get("avx512_bf16") or capable.get("amx_bf16")) else "off"
 
 
-def set_up(args, images, labels, meta, device, rank, world):
+def set_up(args, images, conditions, meta, device, rank, world):
     """Everything that training holds, in one namespace: options, data, networks, optimisers, counters."""
-    size, classes = meta["size"], len(meta["classes"]) if args.condition == "label" else 0
+    size, labels = meta["size"], conditions if args.condition == "label" else None
     args.depth = args.depth or default_depth(size)
     if size % 2 ** args.depth or not 2 <= size >> args.depth <= 15:
         fail(f"--data {args.data}: {size} pixels halved {args.depth} times (--depth) do not end at 2 to 15 pixels; "
@@ -844,8 +1243,13 @@ def set_up(args, images, labels, meta, device, rank, world):
     if args.batch_size % (world * args.grad_accum):
         fail(f"--batch-size {args.batch_size}: not divisible by {world} processes × {args.grad_accum} (--grad-accum)")
     args.width_d = args.width_d or args.width
-    model = {k: getattr(args, k) for k in ("arch", "width", "width_d", "depth", "extra_convs", "latent_dim", "norm_d")}
-    model |= {"size": size, "channels": meta["channels"], "classes": classes}
+    model = {k: getattr(args, k) for k in ("arch", "width", "width_d", "depth", "extra_convs", "latent_dim", "norm_d",
+                                           "spectral_norm", "attention")}
+    kind = "vector" if args.condition == "text" and meta.get("text_encoder") else args.condition
+    known = {"label": lambda: len(meta["classes"]), "text": lambda: len(meta["vocabulary"]),
+             "vector": lambda: conditions.shape[2], "none": lambda: 0}[kind]()
+    model |= {"sizes": find_sizes(args, size), "channels": meta["channels"], "condition": kind, "known": known,
+              "cond_augment": args.cond_augment > 0}
     steps_per_epoch = len(images) // args.batch_size
     schedule_steps = args.epochs * steps_per_epoch
 
@@ -853,14 +1257,16 @@ def set_up(args, images, labels, meta, device, rank, world):
     G, D = (net.to(device, memory_format=torch.channels_last) for net in build_networks(model))
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     amp = find_precision(args.amp, device)
-    if amp == "fp16" and (args.r1 or args.r2):  # squared gradients leave its range
-        amp = "off" if args.amp == "auto" else fail("--amp fp16 does not go with --r1 or --r2; use --amp bf16 or off")
+    if amp == "fp16" and (args.r1 or args.r2 or args.gp):  # squared gradients leave its range
+        amp = "off" if args.amp == "auto" else fail("--amp fp16 does not go with --r1, --r2 or --gp; use --amp bf16 or off")
 
     def side(net, lr):
         params = list(net.parameters())
         return SimpleNamespace(
             net=net, params=params, lr=lr, scaler=torch.amp.GradScaler(device.type, enabled=amp == "fp16"),
-            optimizer=torch.optim.Adam(params, lr, (args.beta1, args.beta2), fused=True))
+            optimizer=torch.optim.RMSprop(params, lr, args.beta2) if args.optimizer == "rmsprop" else
+            {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer](
+                params, lr, (args.beta1, args.beta2), fused=True))
 
     def floats(net):
         return [x for x in net.state_dict().values() if x.is_floating_point()]
@@ -868,17 +1274,34 @@ def set_up(args, images, labels, meta, device, rank, world):
     def autocast():
         return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
 
-    grid_labels = None if labels is None else torch.arange(GRID, device=device) % classes
-    return SimpleNamespace(
+    rows = np.arange(len(images)) if labels is None else np.argsort(labels, kind="stable")
+    t = SimpleNamespace(
         args=args, out=Path(args.out), device=device, rank=rank, world=world, amp=amp, autocast=autocast,
-        images=images, labels=labels, meta=meta, model=model, g=side(G, args.lr_g), d=side(D, args.lr_d), ema=ema,
+        images=images, conditions=conditions, meta=meta, sizes=model["sizes"], model=model, g=side(G, args.lr_g), d=side(D, args.lr_d), ema=ema,
         g_buffers=[b for b in G.buffers() if b.is_floating_point()], g_tensors=floats(G), ema_tensors=floats(ema),
         step=0, steps_per_epoch=steps_per_epoch,
         schedule_steps=schedule_steps, total=min(schedule_steps, args.max_steps or schedule_steps),
         sums=torch.zeros(len(STATS), device=device), counts=torch.zeros(len(STATS), device=device),
         skips=torch.zeros(3, 2, device=device),  # in all, in a row, longest row of the interval; of G, of D
-        grid_z=latents(args.seed, range(GRID), args.latent_dim).to(device), grid_condition=grid_labels,
-        ms=[], last=None)
+        zero=torch.zeros((), device=device), grid_z=latents(args.seed, range(GRID), G.noise_dim).to(device),
+        grid_rows=rows[:: max(1, len(rows) // GRID)][:GRID],  # whose conditions the grid shows
+        class_counts=None if labels is None else np.bincount(labels, minlength=known).tolist(),
+        ms=[], last=None, begun=0, recent=[], warned={}, best=None)
+    t.grid_condition = condition_of(t, conditions, np.resize(t.grid_rows, GRID), np.zeros(GRID))
+    return t
+
+
+def find_sizes(args, size):
+    """The image sizes that training goes through; the last is the data's."""
+    try:
+        sizes = [int(part) for part in args.grow.split(",")] if args.grow else [size]
+    except ValueError:
+        fail(f"--grow {args.grow}: sizes separated by commas are needed, like 16,32,64")
+    smallest = size >> (args.depth - 1)
+    if sizes[-1] != size or sizes != sorted(set(sizes)) or any(
+            s < smallest or size % s or (size // s).bit_count() != 1 for s in sizes):
+        fail(f"--grow {args.grow}: must rise by factors of 2, 4, … from at least {smallest} to the data's {size}")
+    return sizes
 
 
 def describe(t):
@@ -896,9 +1319,9 @@ def describe(t):
 def main():
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    images, labels, meta = load_data(args.data, args.condition)
+    images, conditions, meta = load_data(args.data, args.condition)
     device = find_device(args.device)
-    t = set_up(args, images, labels, meta, device, rank, world)
+    t = set_up(args, images, conditions, meta, device, rank, world)
     held = group = None
     if rank == 0:
         try:
@@ -922,9 +1345,9 @@ def main():
         del state, found
     if args.compile:
         t.g.net.compile()
-        if not (args.r1 or args.r2):  # torch.compile has no double backward
+        if not (args.r1 or args.r2 or args.gp):  # torch.compile has no double backward
             t.d.net.compile()
-    if t.step >= t.total:
+    if t.step >= t.total or patience_over(t):
         if rank == 0:
             print(f"{t.out} is already trained: {t.step} steps of {t.total}")
     else:
@@ -939,15 +1362,16 @@ def begin(t, path):
     for leftover in [*t.out.glob("*.tmp"), *t.out.glob("grids/*.tmp"), *t.out.glob("checkpoint.next.pt")]:
         leftover.unlink()
     if path is None:  # a fresh start leaves nothing of an earlier run
-        names = ["log.jsonl"] + ["checkpoint.pt", "checkpoint.prev.pt", "generator.pt", "error.pt"] * (
+        names = ["log.jsonl", "fid.jsonl", "best.pt"] + [
+            "checkpoint.pt", "checkpoint.prev.pt", "generator.pt", "error.pt"] * (
             t.args.resume == "never")
         for old in [t.out / name for name in names] + list(t.out.glob("grids/step_*.png")):
             old.unlink(missing_ok=True)
-    trim_log(t.out / "log.jsonl", t.step)
+    for name in ("log.jsonl", "fid.jsonl"):
+        trim_log(t.out / name, t.step)
     write_json(t.out / "config.json", describe(t))
     with whole_file(t.out / "grids" / "real.png") as file:
-        first = np.argsort(t.labels, kind="stable") if t.labels is not None else np.arange(len(t.images))
-        make_grid(t.images[first[:: max(1, len(first) // GRID)][:GRID]]).save(file, "PNG")
+        make_grid(t.images[t.grid_rows]).save(file, "PNG")
     write_status(t, "running")
     parameters = [sum(p.numel() for p in side.params) / 1e6 for side in (t.g, t.d)]
     print(f"{t.out}: {t.args.arch} {t.meta['size']}×{t.meta['size']}×{t.meta['channels']}, G {parameters[0]:.2f} M "

@@ -53,6 +53,32 @@ def folder_of(path, count, shift, size=32):
     return path
 
 
+def test_matching_against_worked_out_cases():
+    own = np.eye(150, 200, dtype=np.float32)  # 150 real images, each in a direction of its own
+    real = {"mu": np.zeros(200), "features": own[::-1], "rows": np.arange(150)[::-1].copy()}
+    notes = [{"row": i} for i in range(150)]
+    found = evaluate.matching(notes, own * 3, real, None, None, None)
+    assert found["cosine"]["value"] == pytest.approx(1) and found["r_precision"]["value"] == 1
+    found = evaluate.matching(notes, np.roll(own, 1, 0), real, None, None, None)
+    assert found["cosine"]["value"] == pytest.approx(0) and found["r_precision"]["value"] == 0
+    # half of each image is its own, half its neighbour's: the neighbour is among 99 of 149 others in 2 cases of 3
+    found = evaluate.matching(notes, own + 1.01 * np.roll(own, 1, 0), real, None, None, None)
+    assert found["cosine"]["value"] == pytest.approx(0.5**0.5, abs=0.01)
+    assert found["r_precision"]["value"] == pytest.approx(1 - 99 / 149, abs=0.1)
+
+
+def test_attributes_are_seen(tmp_path):
+    call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "32", "--num", "3000")
+    images = np.load(tmp_path / "data" / "images.npy")
+    notes = [{"row": i} for i in range(400)]
+    rates = evaluate.attribute_rates(notes, images[:400], images, tmp_path / "data")
+    assert [rates[f"{name} right"]["value"] > 0.98 for name in ("colour", "background", "size")] == [True] * 3
+    assert rates["all right"]["value"] > 0.7 and rates["all right"]["n_real"] == 600 and "%" in rates["all right"]["protocol"]
+    gray = np.repeat(images[:400].mean(3, keepdims=True), 3, 3).astype(np.uint8)
+    blind = evaluate.attribute_rates(notes, gray, images, tmp_path / "data")
+    assert blind["colour right"]["value"] < 0.5 < blind["size right"]["value"]
+
+
 def test_equals_pytorch_fid(weights, tmp_path):
     """The same two folders, the same weights in pytorch-fid's own cache; and its statistics are read, and ours by it."""
     a, b = folder_of(tmp_path / "a", 24, 0), folder_of(tmp_path / "b", 22, 40)

