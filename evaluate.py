@@ -278,11 +278,13 @@ def real_statistics(network, args, weights, device):
 
 def fid_against_data(pixels, data, num_real, device):
     """FID of uint8 images (n, H, W, C) against so many of DATA/; train.py asks while it trains."""
-    weights = find_weights()
+    weights, precision = find_weights(), torch.backends.cudnn.allow_tf32
     network = load_inception(weights, device)
     asked = argparse.Namespace(data=data, num_real=num_real, floor=False)
     real = real_statistics(network, asked, weights, device)
-    return frechet_distance(*statistics(inception_features(network, pixels, device)), real["mu"], real["sigma"])
+    fake = statistics(inception_features(network, pixels, device))
+    torch.backends.cudnn.allow_tf32 = precision  # training goes on as fast as before
+    return frechet_distance(*fake, real["mu"], real["sigma"])
 
 
 # ---- matching of image and caption ----------------------------------------------------------------------------------
@@ -366,9 +368,9 @@ def attribute_rates(notes, fake, images, folder):
     own = right(x[:held], truth[:held]).mean(0)
     hits = right(prepare(fake), truth[[note["row"] for note in notes]])
     parts = torch.stack([part.mean(0) for part in hits.chunk(10)])
-    return {f"{name} right": {"value": float(hits[:, i].mean()), "std": float(parts[:, i].std()), "n_generated": len(hits),
-                              "n_real": held, "protocol": f"a small network's eyes, right on {own[i]:.1%} of held-out real "
-                              f"images; deviation over tenths"}
+    return {f"{name} right": {"value": float(hits[:, i].mean()), "std": float(parts[:, i].std()),
+                              "n_generated": len(hits), "n_real": held, "protocol": "as a small network sees it, which "
+                              f"is right on {own[i]:.1%} of held-out real images; deviation over tenths"}
             for i, name in enumerate([*names, "all"])}
 
 
@@ -384,8 +386,8 @@ def clip_score(name, notes, fake):
     image = model.encode([Image.fromarray(p.squeeze()).convert("RGB") for p in fake], normalize_embeddings=True)
     text = model.encode([note["caption"] for note in notes], normalize_embeddings=True)
     cosine = 100 * (image * text).sum(1)
-    return {"clip": {"value": float(cosine.mean()), "std": float(cosine.std()), "n_generated": len(fake), "n_real": None,
-                     "protocol": f"100 × cosine, {name}"}}
+    return {"clip": {"value": float(cosine.mean()), "std": float(cosine.std()), "n_generated": len(fake),
+                     "n_real": None, "protocol": f"100 × cosine, {name}"}}
 
 
 def pixels_of(images):

@@ -115,7 +115,8 @@ def folder_source(args):
         fail(f"--root {args.root}: neither a directory nor a readable .zip or .tar(.gz) "
              f"({str(error).splitlines()[0].rstrip(':')})")
     captions = find_captions(args, root, read, names)
-    order = [n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS and not os.path.basename(n).startswith(".")]
+    order = [n for n in names
+             if os.path.splitext(n)[1].lower() in EXTENSIONS and not os.path.basename(n).startswith(".")]
     if args.source == "coco":  # the images that the file of captions names
         order = [n for n in order if os.path.basename(n) in captions]
     if root.is_dir() or isinstance(archive, zipfile.ZipFile):
@@ -149,7 +150,8 @@ def find_captions(args, root, read, names):
             read, inside = (lambda path: open(path, "rb")), [beside]
         if inside:
             with read(inside[0]) as file:
-                lines = [json.loads(line) for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+                lines = file.read().decode("utf-8", "replace").split("\n")
+            lines = [json.loads(line) for line in lines if line.strip()]
             return {line["file"]: [str(c) for c in line["captions"]] for line in lines}
         texts = {}
         for name in names:

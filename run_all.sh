@@ -13,8 +13,9 @@
 #     */10 * * * * cd ~/gan && bash run_all.sh mnist >>cron.log 2>&1
 #     bash run_all.sh tests                           # set up and run the tests
 #
-# Environment: PYTHON (an interpreter that has the packages), ROOT (where the source's files are), DATA and RUN (where
-# the arrays and the run go). Exit status: 0 finished, 2 a mistake in the call, 75 interrupted or in use: call again.
+# Environment: PYTHON (an interpreter that has the packages), ROOT (where the source's files are), CAPTIONS (their
+# captions' file), DATA and RUN (where the arrays and the run go). Exit status: 0 finished, 2 a mistake in the call, 75
+# interrupted or in use: call again.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [ -f "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-$here}  # SLURM runs a copy of this file
@@ -41,15 +42,39 @@ case $recipe in
     celeba64)   prepare=(celeba --size 64 --crop 178)
                 train=(--batch-size 128 --epochs 200 --flip)
                 count=50000 ;;
+    mnist-deep) prepare=(mnist --size 28)
+                train=(--arch upsample --extra-convs 1 --depth 2 --batch-size 64 --epochs 25)
+                real=(--num-real 2048) ;;
+    mnist-rmsprop)
+                prepare=(mnist --size 28)
+                train=(--optimizer rmsprop --beta2 0.9 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64 --epochs 25)
+                real=(--num-real 2048) ;;
+    celeba64-r3)
+                prepare=(celeba --size 64 --crop 178)
+                train=(--arch resnet --loss relativistic --r1 1 --r2 1 --latent-dim 64 --width 64 --batch-size 256
+                       --epochs 200 --beta1 0 --beta2 0.99 --schedule cosine --lr-final 0.25 --flip)
+                count=50000 ;;
+    coco32)     prepare=(coco --size 32)
+                train=(--condition text --mismatch-weight 0.5 --batch-size 512 --epochs 100 --flip --log-every 50)
+                count=10000 ;;
+    coco64)     prepare=(coco --size 64)
+                train=(--condition text --mismatch-weight 0.5 --attention --cond-augment 1 --feature-matching 0.01
+                       --lr-g 2e-4 --lr-d 1e-4 --clip-grad 1 --schedule cosine-restarts --batch-size 128 --epochs 40
+                       --flip)
+                count=10000 ;;
     folder)     prepare=(folder --size 64)
                 train=(--batch-size 64 --epochs 200 --flip --save-every 500)
                 real=(--num-real 2048) ;;
     tests)      ;;
-    *)          mistake "$recipe is not a recipe: shapes, mnist, mnist-128, anime64, celeba64, folder (or tests)" ;;
+    *)          mistake "$recipe is not a recipe: $(sed -n 's/^    \([a-z0-9-]*\)).*/\1/p' "$here/run_all.sh" | xargs)" ;;
 esac
 data=${DATA:-data/${recipe%-*}} run=${RUN:-runs/$recipe}
-[ "${prepare[0]-}" != folder ] || [ -n "${ROOT-}" ] ||
-    mistake "ROOT is missing, the images: ROOT=faces.zip bash run_all.sh $recipe"
+case ${prepare[0]-} in folder | coco)
+    [ -n "${ROOT-}" ] || mistake "ROOT is missing, the images: ROOT=faces.zip bash run_all.sh $recipe" ;;
+esac
+[ "${prepare[0]-}" != coco ] || [ -n "${CAPTIONS-}" ] ||
+    mistake "CAPTIONS is missing: CAPTIONS=captions_train2017.json ROOT=train2017 bash run_all.sh $recipe"
+[ -z "${CAPTIONS-}" ] || prepare+=(--captions "$CAPTIONS")
 [ -z "${ROOT-}" ] || prepare+=(--root "$ROOT")
 call="$recipe ${prepare[*]-} $*"
 

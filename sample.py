@@ -111,7 +111,8 @@ def find_conditions(args, saved, folder):
         def label(i):  # as often as in the training data
             return asked[i % len(asked)] if asked else int(np.searchsorted(
                 share, np.random.default_rng([args.seed, i, 1]).random(), side="right"))
-        return lambda numbers: torch.tensor([label(i) for i in numbers]), lambda i: {"label": saved["classes"][label(i)]}
+        return (lambda numbers: torch.tensor([label(i) for i in numbers]),
+                lambda i: {"label": saved["classes"][label(i)]})
     if args.text or args.text_file:
         try:
             lines = Path(args.text_file).read_text(encoding="utf-8", errors="replace") if args.text_file else ""

@@ -43,7 +43,7 @@ STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "g
          "clipped_d")
 # options that a resumed run may change: where, how long and how it is watched (a cosine then ends with the new length)
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device", "compile",
-        "max_skips"}
+        "max_skips", "fid_every", "fid_num", "patience"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--condition", choices=["none", "label", "text"], default="none", help="what G and D are told: nothing, the "
         "class, or a caption")
     add("--flip", action="store_true", help="mirror half of the real images, left to right")
-    add("--crop-shift", type=float, default=0.0, metavar="SHARE", help="move real images by up to this share of the side")
+    add("--crop-shift", type=float, default=0.0, metavar="SHARE", help="move real images by up to this share of a side")
     add("--jitter", type=float, default=0.0, metavar="STRENGTH", help="vary brightness, contrast and saturation of "
         "real images; G learns that too")
     add("--diffaug", action="store_true", help="DiffAugment real and generated images alike: for some thousand images")
@@ -95,15 +95,15 @@ def parse_args(argv=None):
     add("--latent-dim", type=int, default=100, help="numbers in z")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; hinge; lsgan; "
-        "wgan-gp; relativistic: of real against fake in pairs")
+    add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; hinge; "
+        "lsgan; wgan-gp; relativistic: of real against fake in pairs")
     add("--r1", type=float, metavar="GAMMA", help="weight of D's squared gradient at real images (default: 0.05 with "
         "relativistic, else 0)")
     add("--r2", type=float, metavar="GAMMA", help="the same at fakes")
     add("--gp", type=float, metavar="WEIGHT", help="gradient penalty between real and fake (default: 10 with wgan-gp, "
         "else 0)")
-    add("--feature-matching", type=float, default=0.0, metavar="WEIGHT", help="G matches the mean of D's features; 0.01 "
-        "helps, 0.1 is known to destabilise")
+    add("--feature-matching", type=float, default=0.0, metavar="WEIGHT", help="G matches the mean of D's features; "
+        "0.01 helps, 0.1 is known to destabilise")
     add("--mismatch-weight", type=float, default=0.0, metavar="SHARE", help="share of D's loss that tells real images "
         "with their own condition from those with another's; 0.5 is GAN-CLS")
     add("--real-label", type=float, default=1.0, help="D's target for real images; 0.9 is one-sided smoothing")
@@ -141,7 +141,8 @@ def parse_args(argv=None):
     add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
     add("--save-every", type=int, default=1000, help="steps between checkpoints")
     add("--grid-every", type=int, default=500, help="steps between sample grids")
-    add("--fid-every", type=int, metavar="EPOCHS", help="epochs between FIDs of the averaged generator; the best is best.pt")
+    add("--fid-every", type=int, metavar="EPOCHS", help="epochs between FIDs of the averaged generator; best.pt is the "
+        "lowest's")
     add("--fid-num", type=int, default=2048, help="generated and real images of that FID, each")
     add("--patience", type=int, metavar="N", help="end after N of these FIDs without a better one")
     add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there is one; "
@@ -151,13 +152,15 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, default)
     args.r1, args.r2, args.gp = args.r1 or 0.0, args.r2 or 0.0, args.gp or 0.0
-    positive = ("width", "width_d", "depth", "latent_dim", "batch_size", "epochs", "max_steps", "grad_accum", "restarts",
-                "max_skips", "log_every", "save_every", "grid_every", "d_steps", "d_interval", "fid_every", "patience")
+    positive = ("width", "width_d", "depth", "latent_dim", "batch_size", "epochs", "max_steps", "grad_accum",
+                "restarts", "max_skips", "log_every", "save_every", "grid_every", "d_steps", "d_interval", "fid_every",
+                "patience")
     ranges = {name: (1, 2 ** 31) for name in positive} | {
         "extra_convs": (0, 100), "seed": (0, 2 ** 63), "clip_grad": (1e-12, math.inf), "warmup": (0, 2 ** 31),
         "fid_num": (2, 2 ** 31)} | {
         name: (0, math.inf) for name in ("r1", "r2", "gp", "feature_matching", "cond_augment")} | {
-        name: (0, 1) for name in ("lr_g", "lr_d", "lr_final", "real_label", "fake_label", "mismatch_weight", "jitter")} | {
+        name: (0, 1) for name in ("lr_g", "lr_d", "lr_final", "real_label", "fake_label", "mismatch_weight",
+                                  "jitter")} | {
         name: (0, 0.999999) for name in ("beta1", "beta2", "ema")} | {"crop_shift": (0, 0.5)}
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
@@ -782,7 +785,8 @@ def lock(out):
 
 def write_status(t, state, **more):
     if t.rank == 0:
-        write_json(t.out / "status.json", {"state": state, "step": t.step, "steps": t.total, **more, "warnings": [*t.warned.values()],
+        write_json(t.out / "status.json", {"state": state, "step": t.step, "steps": t.total, **more,
+                                           "warnings": [*t.warned.values()],
                                            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(),
                                            "host": socket.gethostname()})
 
@@ -1052,7 +1056,8 @@ def track_fid(t, group):
     if t.rank == 0:
         import evaluate  # here alone: who does not track FID needs none of it
         z = latents(t.args.seed, range(n), t.ema.noise_dim)
-        told = condition_of(t, t.conditions, np.random.default_rng(t.args.seed).permutation(len(t.images))[:n], np.zeros(n))
+        rows = np.random.default_rng(t.args.seed).permutation(len(t.images))[:n]  # whose conditions are drawn
+        told = condition_of(t, t.conditions, rows, np.zeros(n))
         with torch.inference_mode():
             parts = [t.ema(z[i:i + GRID].to(t.device), None if told is None else told[i:i + GRID])
                      for i in range(0, n, GRID)]
@@ -1087,17 +1092,19 @@ def diagnose(t):
         return sum(values) / len(values) if values else math.nan
 
     accuracy, moved = mean("acc_real", "acc_fake"), [x["loss_g"] for x in t.recent if x["loss_g"] is not None]
+    tells = f"D tells real from fake in {accuracy:.0%} of cases, over an epoch: "
+    paired = t.args.loss == "relativistic"  # whose D is at its best when it can hardly tell
     found = {
-        "D loses": (accuracy < 0.6 and t.args.loss != "relativistic", f"D tells real from fake in {accuracy:.0%} of cases, "
-                    "over an epoch: it is too weak to teach G; raise --lr-d or --width-d, or lower --lr-g"),
-        "D wins": (accuracy > 0.95, f"D tells real from fake in {accuracy:.0%} of cases, over an epoch: G learns little "
-                   "from it; lower --lr-d or --width-d, or try --real-label 0.9, --r1, --diffaug or --loss relativistic"),
-        "no motion": (len(moved) > 2 and max(moved) - min(moved) < 1e-4 * abs(max(moved)), "the loss of G has not moved "
-                      "for an epoch: raise --lr-g, or look whether the images differ at all"),
-        "collapse": (mean("diversity") < 0.3, f"generated images vary {mean('diversity'):.2f} times as much as real ones: "
-                     "G draws a few pictures only; look at grids/, and try --loss relativistic, a lower --lr-g or --r1"),
-        "clipped": (mean("clipped_g") > 0.95 or mean("clipped_d") > 0.95, "nearly every gradient of an epoch was clipped: "
-                    "the step is --clip-grad's, not the loss's; raise it or lower the learning rates")}
+        "D loses": (accuracy < 0.6 and not paired, tells + "too weak to teach G; raise --lr-d or --width-d, or lower "
+                                                           "--lr-g"),
+        "D wins": (accuracy > 0.95, tells + "G learns little from it; lower --lr-d or --width-d, or try "
+                   + ("larger --r1 and --r2" if paired else "--real-label 0.9, --r1, --diffaug, --loss relativistic")),
+        "no motion": (len(moved) > 2 and max(moved) - min(moved) < 1e-4 * abs(max(moved)),
+                      "the loss of G has not moved for an epoch: raise --lr-g, and look whether the images differ"),
+        "collapse": (mean("diversity") < 0.3, f"generated images vary {mean('diversity'):.2f} times as real ones do: "
+                     "G draws a few pictures only; see grids/, and try lower learning rates, --r1 or another --loss"),
+        "clipped": (max(mean("clipped_g"), mean("clipped_d")) > 0.95, "nearly every gradient of an epoch was clipped: "
+                    "raise --clip-grad or lower the learning rates")}
     for name, (seen, text) in found.items():
         if seen and name not in t.warned:
             t.warned[name] = f"step {t.step}: {text}"
@@ -1258,7 +1265,7 @@ def set_up(args, images, conditions, meta, device, rank, world):
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     amp = find_precision(args.amp, device)
     if amp == "fp16" and (args.r1 or args.r2 or args.gp):  # squared gradients leave its range
-        amp = "off" if args.amp == "auto" else fail("--amp fp16 does not go with --r1, --r2 or --gp; use --amp bf16 or off")
+        amp = "off" if args.amp == "auto" else fail("--amp fp16 does not go with --r1, --r2 or --gp: use bf16 or off")
 
     def side(net, lr):
         params = list(net.parameters())
@@ -1277,7 +1284,8 @@ def set_up(args, images, conditions, meta, device, rank, world):
     rows = np.arange(len(images)) if labels is None else np.argsort(labels, kind="stable")
     t = SimpleNamespace(
         args=args, out=Path(args.out), device=device, rank=rank, world=world, amp=amp, autocast=autocast,
-        images=images, conditions=conditions, meta=meta, sizes=model["sizes"], model=model, g=side(G, args.lr_g), d=side(D, args.lr_d), ema=ema,
+        images=images, conditions=conditions, meta=meta, sizes=model["sizes"], model=model, g=side(G, args.lr_g),
+        d=side(D, args.lr_d), ema=ema,
         g_buffers=[b for b in G.buffers() if b.is_floating_point()], g_tensors=floats(G), ema_tensors=floats(ema),
         step=0, steps_per_epoch=steps_per_epoch,
         schedule_steps=schedule_steps, total=min(schedule_steps, args.max_steps or schedule_steps),

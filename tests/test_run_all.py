@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, call
+from conftest import ROOT, call, log_of
 
 TINY = ("--width", "8", "--epochs", "1", "--max-steps", "30", "--log-every", "10", "--device", "cpu")
 
@@ -67,22 +68,34 @@ def test_mistakes(tmp_path):
     call("bash", ROOT / "run_all.sh", "shapes", "--lr-g", "-1", status=2, **environment(tmp_path))
 
 
-@pytest.mark.parametrize("recipe", ["mnist", "mnist-128", "anime64", "celeba64", "folder", "shapes"])
-def test_recipes_are_options_that_exist(recipe, tmp_path):
-    """Each recipe's calls, read off the shell as it would run them, are accepted by the scripts."""
+RECIPES = re.findall(r"^    ([a-z0-9-]+)\)", (ROOT / "run_all.sh").read_text(), re.M)
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "tests"])
+def test_recipes_run_for_a_few_steps(recipe, shapes, tmp_path):
+    """Each recipe's calls, read off the shell as it would run them, are accepted; its training runs on a small stand-in."""
     import prepare_data
     import train
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\ncase "$1" in -c) echo 0;; *) echo "$@" >>"$RUN/calls";; esac\n')
     stub.chmod(0o755)
-    settings = environment(tmp_path) | {"PYTHON": str(stub), "ROOT": str(tmp_path)}
+    settings = environment(tmp_path) | {"PYTHON": str(stub), "ROOT": str(tmp_path), "CAPTIONS": "captions.json"}
     call("bash", ROOT / "run_all.sh", recipe, **settings)
     calls = [line.split() for line in (tmp_path / "run" / "calls").read_text().splitlines()]
     assert [os.path.basename(c[0]) for c in calls] == ["prepare_data.py", "train.py", "sample.py", "evaluate.py"]
     assert prepare_data.parse_args(calls[0][1:]).out == settings["DATA"]
     args = train.parse_args(calls[1][1:])
-    expected = {"mnist": (64, 25), "mnist-128": (128, 25), "anime64": (800, 100), "celeba64": (128, 200)}
+    expected = {"mnist": (64, 25), "mnist-128": (128, 25), "anime64": (800, 100), "celeba64": (128, 200),
+                "coco32": (512, 100), "coco64": (128, 40)}
     if recipe in expected:
         assert (args.batch_size, args.epochs) == expected[recipe]
     if recipe == "anime64":
         assert args.lr_final * args.lr_g == pytest.approx(1e-5) and (args.real_label, args.fake_label) == (0.9, 0.1)
+    call(*calls[1], "--data", shapes, "--width", "8", "--width-d", "8", "--batch-size", "16", "--max-steps", "4",
+         "--log-every", "2", "--device", "cpu")
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [2, 4]
+
+
+def test_coco_needs_its_captions(tmp_path):
+    done = call("bash", ROOT / "run_all.sh", "coco32", status=2, **environment(tmp_path) | {"ROOT": str(tmp_path)})
+    assert "CAPTIONS" in done.stderr and len(done.stderr.splitlines()) == 1
