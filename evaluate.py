@@ -295,7 +295,8 @@ def matching(notes, fake, real, network, images, device):
     notes: for each image its caption and the row of that real image; fake (n, 2048), in this order; real: as
     real_statistics returns it, whose features are used where the row is among them.
     """
-    rows = np.array([note["row"] for note in notes])
+    rows, first = np.unique([note["row"] for note in notes], return_index=True)  # a row's first image speaks for it
+    fake = fake[first]
     place = {row: i for i, row in enumerate(real["rows"].tolist())}
     kept = np.array([row in place for row in rows.tolist()])
     if kept.sum() >= min(len(rows), 1000):
@@ -313,8 +314,7 @@ def matching(notes, fake, real, network, images, device):
         for _ in range(10):
             others = np.stack([rng.choice(len(own) - 1, 99, replace=False) for _ in range(len(own))])
             others += others >= np.arange(len(own))[:, None]  # all but its own
-            rival = np.einsum("nd,nkd->nk", fake, own[others]) if len(own) < 300 else np.stack(
-                [own[o] @ f for f, o in zip(fake, others)])
+            rival = np.stack([own[o] @ f for f, o in zip(fake, others)])
             hits.append((cosine[:, None] > rival).all(1).mean())
         result["r_precision"] = {"value": float(np.mean(hits)), "std": float(np.std(hits)), "n_generated": len(fake),
                                  "n_real": 100, "protocol": "its own real image before 99 others, by that cosine; "
@@ -336,7 +336,7 @@ def attribute_rates(notes, fake, images, folder):
 
     def prepare(pixels):
         x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return F.adaptive_avg_pool2d(x, 32) if x.shape[2] > 32 else x
+        return F.interpolate(x, size=min(images.shape[1], 32), mode="area")
 
     torch.manual_seed(0)
     x, sides = prepare(images[:10_000]), [len(values[name]) for name in names]
@@ -374,15 +374,22 @@ def attribute_rates(notes, fake, images, folder):
             for i, name in enumerate([*names, "all"])}
 
 
-def clip_score(name, notes, fake):
-    """100 × cosine of CLIP's embeddings of image and caption (Hessel et al. 2021), without their factor of 2.5."""
+def load_clip(name):
+    """A sentence-transformers model that takes images and text."""
     try:
         from sentence_transformers import SentenceTransformer
         model = SentenceTransformer(name)
+        model.encode([Image.new("RGB", (32, 32))])  # one of text alone shows here
+        return model
     except ImportError:
         fail("--clip needs a package: pip install sentence-transformers")
     except Exception as error:  # each hub and file fails in its own way
-        fail(f"--clip {name}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})")
+        fail(f"--clip {name}: not a model of images and text that can be loaded ({type(error).__name__}: "
+             f"{(str(error) or 'no reason given').splitlines()[0]})")
+
+
+def clip_score(model, name, notes, fake):
+    """100 × cosine of CLIP's embeddings of image and caption (Hessel et al. 2021), without their factor of 2.5."""
     image = model.encode([Image.fromarray(p.squeeze()).convert("RGB") for p in fake], normalize_embeddings=True)
     text = model.encode([note["caption"] for note in notes], normalize_embeddings=True)
     cosine = 100 * (image * text).sum(1)
@@ -451,13 +458,15 @@ def embed(data, kind="png", name="", style=""):
 
 
 def plot_curves(log):
-    """Losses, D's accuracies and gradient norms over the steps, as a PNG that reads without colour too."""
+    """Losses, D's accuracies, gradient norms and FID over the steps, as a PNG that reads without colour too."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     panels = (("loss", ("loss_g", "G"), ("loss_d", "D")), ("accuracy of D", ("acc_real", "real"), ("acc_fake", "fake")),
               ("norm of the gradient", ("grad_norm_g", "G"), ("grad_norm_d", "D")))
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    if any("fid" in line for line in log):
+        panels += (("FID", ("fid", "averaged G")),)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
     for axis, (title, *series) in zip(axes, panels):
         for (key, name), style, colour in zip(series, ("-", "--"), ("#0072b2", "#d55e00")):
             points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
@@ -494,13 +503,16 @@ def metric_rows(metrics):
 
 def write_report(run, metrics, config):
     """RUN/report.html: figures, pictures, curves and options on one page that needs no other file."""
-    log = read_log(run / "log.jsonl")
+    log = read_log(run / "log.jsonl") + read_log(run / "fid.jsonl")
     grids = sorted((run / "grids").glob("step_*.png"))
     hardware, data = config.get("hardware", {}), config.get("data", {})
     parts = [f"<h1>{html.escape(run.resolve().name)}</h1>",
              f"<p>{html.escape(str(data.get('name')))}, {data.get('count')} images of {data.get('size')}×"
              f"{data.get('size')}; {config.get('steps')} steps on {html.escape(str(hardware.get('device')))} "
              f"({html.escape(str(hardware.get('platform')))}).</p>"]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        parts += [f'<p class="warn">While it trained: {html.escape(w)}</p>'
+                  for w in json.loads((run / "status.json").read_text())["warnings"]]
     parts += [f'<p class="warn">{html.escape(w)}</p>' for w in metrics["warnings"]]
     parts += ["<h2>Measures</h2>", table(metric_rows(metrics)), "<h2>Generated beside real</h2><div class=side>"]
     for name, path in (("generated", grids[-1] if grids else None), ("real", run / "grids" / "real.png")):
@@ -579,6 +591,12 @@ def main():
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})")
+    notes = read_log(Path(f"{args.images}.jsonl"))
+    if not notes or "caption" not in notes[0] or len(notes) != len(generated):
+        notes = []
+    if args.clip:
+        clip = load_clip(args.clip) if notes else fail(f"--clip {args.clip}: {args.images} has no captions beside it "
+                                                       "(sample.py writes them for a run with --condition text)")
     weights = find_weights(args.weights)
     network = load_inception(weights, device)
 
@@ -604,16 +622,13 @@ def main():
     if "floor" in real:
         metrics["floor"] = {"value": float(real["floor"]), "n_real": f"{int(real['floor_n'])} against as many others",
                             "protocol": protocol}
-    notes = read_log(Path(f"{args.images}.jsonl"))
-    if notes and "caption" in notes[0] and len(notes) == n_fake:
+    if notes:
         if "row" in notes[0] and not args.reference:
             real_images = open_images("--data", args.data)
             metrics |= matching(notes, fake["features"], real, network, real_images, device)
             metrics |= attribute_rates(notes, pixels_of(generated), real_images, Path(args.data))
         if args.clip:
-            metrics |= clip_score(args.clip, notes, pixels_of(generated))
-    elif args.clip:
-        fail(f"--clip {args.clip}: {args.images} has no captions beside it (sample.py of a run with --condition text)")
+            metrics |= clip_score(clip, args.clip, notes, pixels_of(generated))
     small = [str(n) for n in (n_fake, n_real) if n is not None and n < 2048]
     if small:
         metrics["warnings"].append(f"FID from {' and '.join(small)} images: under 2048 the covariance is singular and "

@@ -152,13 +152,14 @@ def find_captions(args, root, read, names):
             with read(inside[0]) as file:
                 lines = file.read().decode("utf-8", "replace").split("\n")
             lines = [json.loads(line) for line in lines if line.strip()]
-            return {line["file"]: [str(c) for c in line["captions"]] for line in lines}
-        texts = {}
+            return {line["file"]: [line["captions"]] if isinstance(line["captions"], str) else
+                    [str(c) for c in line["captions"]] for line in lines}
+        texts, stems = {}, {os.path.splitext(n)[0]: n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS}
         for name in names:
-            if name.endswith(".txt") and any(name[:-4] + e in names for e in EXTENSIONS):
+            if name.endswith(".txt") and name[:-4] in stems:
                 with read(names[name]) as file:
                     lines = file.read(1 << 20).decode("utf-8", "replace").splitlines()
-                texts |= {name[:-4] + e: [line for line in lines if line.strip()] for e in EXTENSIONS}
+                texts[stems[name[:-4]]] = [line for line in lines if line.strip()]
         return texts or None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, zipfile.BadZipFile) as error:
         fail(f"{'--captions ' + args.captions if args.captions else 'captions of --root ' + args.root}: cannot be read "
@@ -247,8 +248,10 @@ def decode(items, args):
                 image = Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload, formats=formats)
             with image:
                 pixels = to_pixels(image, args.size, args.channels, args.crop, args.background)
-            if captions is not None and not any(map(words_of, captions)):
-                raise ValueError("no caption")
+            if captions is not None:
+                captions = [c for c in captions if words_of(c)]
+                if not captions:
+                    raise ValueError("no caption")
             results.append((pixels, name, label, captions, attributes, None))
         except Exception as error:  # decoders of hostile files raise anything
             reason = str(error).replace(repr(payload), "file") if isinstance(payload, str) else str(error)
@@ -287,7 +290,7 @@ def words_of(caption):
 
 def tokenize(captions):
     """N lists of captions -> (tokens (N, K, L) int32, 0 = padding; vocabulary, most frequent word first)."""
-    split = [[words_of(c)[:MAX_WORDS] for c in per_image if words_of(c)] for per_image in captions]
+    split = [[words_of(c)[:MAX_WORDS] for c in per_image] for per_image in captions]
     counts = Counter(word for per_image in split for words in per_image for word in words)
     vocabulary = ["<pad>", "<unk>"] + sorted(counts, key=lambda w: (-counts[w], w))[:MAX_VOCABULARY]
     index = {word: i for i, word in enumerate(vocabulary)}
@@ -312,7 +315,7 @@ def load_text_encoder(name):
 
 # ---- DATA ------------------------------------------------------------------------------------------------------------
 
-def write_arrays(results, total, folder, args):
+def write_arrays(results, total, folder, args, text_encoder):
     """Append pictures to images.npy as they come; labels, captions and meta.json after them. Returns the meta."""
     labels, texts, skipped, digest = [], [], [], hashlib.sha256()
     with open(folder / "images.npy", "wb") as file:
@@ -355,7 +358,7 @@ def write_arrays(results, total, folder, args):
         array, meta["vocabulary"] = tokenize(captions)
         save_array(folder / "tokens.npy", array, digest)
         if args.text_encoder:
-            flat = load_text_encoder(args.text_encoder).encode([c for each in captions for c in each])
+            flat = text_encoder.encode([c for each in captions for c in each])
             array = np.zeros((len(captions), max(map(len, captions)), flat.shape[1]), np.float32)
             for row, each in zip(array, captions):
                 row[:len(each)], flat = flat[:len(each)], flat[len(each):]
@@ -437,6 +440,9 @@ def parse_args(argv=None):
         fail(f"--background {args.background}: not a colour (a name like white, or #rrggbb)")
     if args.source in ("folder", "coco") and args.root is None:
         fail("--root is missing: the directory or archive with the images")
+    for option in ("captions", "text_encoder"):
+        if getattr(args, option) and args.source in TORCHVISION + ("shapes",) * (option == "captions"):
+            fail(f"--{option.replace('_', '-')}: not for {args.source}")
     if args.source == "coco" and args.captions is None:
         fail("--captions is missing: the JSON file of COCO's captions")
     if args.source in ("folder", "coco") and not os.path.exists(args.root):
@@ -473,6 +479,7 @@ def main():
     else:
         total, items = (torchvision_source if args.source in TORCHVISION else folder_source)(args)
     total, items = min(total, args.num or total), itertools.islice(items, args.num)
+    text_encoder = load_text_encoder(args.text_encoder) if args.text_encoder else None
     for left in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):  # by a process that was killed
         if not alive(left.name.split(".")[-2]):
             shutil.rmtree(left, ignore_errors=True)
@@ -481,7 +488,7 @@ def main():
         signal.signal(number, lambda number, frame: stopped.append(number))
     try:
         partial.mkdir(parents=True)
-        meta = write_arrays(decode_all(items, args), total, partial, args)
+        meta = write_arrays(decode_all(items, args), total, partial, args, text_encoder)
         os.rename(partial, out)
     except OSError as error:  # a full disk, a folder that may not be written
         if (out / "meta.json").exists():

@@ -26,8 +26,8 @@ shift || true
 prepare=() train=() count=2048 real=()
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
-                train=(--width 64 --width-d 32 --extra-convs 1 --norm-d none --loss relativistic --r1 0.05 --r2 0.05
-                       --lr-g 5e-4 --lr-d 5e-4 --beta1 0 --beta2 0.99 --epochs 22)
+                train=(--condition text --mismatch-weight 0.5 --width 64 --width-d 32 --extra-convs 1 --loss relativistic
+                       --lr-g 5e-4 --lr-d 5e-4 --beta1 0 --beta2 0.99 --epochs 20)
                 real=(--num-real 2048) ;;
     mnist)      prepare=(mnist --size 28)
                 train=(--batch-size 64 --epochs 25)
@@ -43,7 +43,7 @@ case $recipe in
                 train=(--batch-size 128 --epochs 200 --flip)
                 count=50000 ;;
     mnist-deep) prepare=(mnist --size 28)
-                train=(--arch upsample --extra-convs 1 --depth 2 --batch-size 64 --epochs 25)
+                train=(--arch upsample --extra-convs 2 --batch-size 64 --epochs 25)
                 real=(--num-real 2048) ;;
     mnist-rmsprop)
                 prepare=(mnist --size 28)

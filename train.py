@@ -85,8 +85,8 @@ def parse_args(argv=None):
     add("--width-d", type=int, help="the same of D alone (default: as --width)")
     add("--extra-convs", type=int, default=0, help="3×3 convolutions more at each resolution of G")
     add("--depth", type=int, help="doublings from the first feature map to the image (default: from 4 to 7 pixels on)")
-    add("--norm-d", choices=["batch", "none"], default="batch", help="normalisation in D (resnet has none); none goes "
-        "with --r1 and --gp")
+    add("--norm-d", choices=["batch", "none"], help="normalisation in D (default: none with wgan-gp and relativistic, "
+        "whose penalties take images one by one, else batch); resnet has none")
     add("--spectral-norm", action="store_true", help="spectral normalisation of D's weights")
     add("--attention", action="store_true", help="words attend to the places of G's middle feature map")
     add("--cond-augment", type=float, default=0.0, metavar="WEIGHT", help="G draws its condition from a normal "
@@ -151,7 +151,7 @@ def parse_args(argv=None):
     for name, default in LOSSES[args.loss][2].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    args.r1, args.r2, args.gp = args.r1 or 0.0, args.r2 or 0.0, args.gp or 0.0
+    args.r1, args.r2, args.gp, args.norm_d = args.r1 or 0.0, args.r2 or 0.0, args.gp or 0.0, args.norm_d or "batch"
     positive = ("width", "width_d", "depth", "latent_dim", "batch_size", "epochs", "max_steps", "grad_accum",
                 "restarts", "max_skips", "log_every", "save_every", "grid_every", "d_steps", "d_interval", "fid_every",
                 "patience")
@@ -172,6 +172,8 @@ def parse_args(argv=None):
         fail("--attention: words attend, which takes --condition text")
     if args.patience and not args.fid_every:
         fail("--patience counts FIDs: name --fid-every too")
+    if args.arch == "resnet" and args.spectral_norm:
+        fail("--spectral-norm: resnet's blocks start at 0, which has no norm to divide by; use --r1 or another --arch")
     if args.grow and args.compile:
         fail("--grow changes the networks while they train, which --compile cannot follow: leave one of them out")
     return args
@@ -291,7 +293,8 @@ class Encoder(nn.Module):
     def __init__(self, kind, known):
         super().__init__()
         self.kind = kind
-        self.embed = nn.Linear(known, EMBEDDING) if kind == "vector" else nn.Embedding(known, EMBEDDING)
+        self.embed = nn.Linear(known, EMBEDDING) if kind == "vector" else nn.Embedding(
+            known, EMBEDDING, padding_idx=0 if kind == "text" else None)
         self.neighbours = nn.Conv1d(EMBEDDING, EMBEDDING, 3, 1, 1) if kind == "text" else None
 
     def forward(self, told):
@@ -337,12 +340,12 @@ class Generator(nn.Module):
         self.ends = [(size // base).bit_length() - 2 for size in m.sizes]  # the last stage of each size
         self.heads = nn.ModuleList(self.head(widths[end], m.channels) for end in self.ends)
         self.level, self.attended = len(m.sizes) - 1, m.depth // 2
-        for module in [*self.stages.modules(), *self.heads.modules()]:
-            self.init(module)
+        for part in (self.stages, self.heads):
+            part.apply(self.init)  # from the inside out
         self.attend = WordAttention(widths[self.attended]) if m.attention else None
 
     def init(self, module):
-        pass
+        """How a part is initialised, where PyTorch's way will not do."""
 
     def forward(self, z, condition=None):
         if self.encode is not None:
@@ -352,7 +355,7 @@ class Generator(nn.Module):
                 mean, log_variance = self.augment(told).float().chunk(2, 1)
                 self.kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
                 told = mean + noise * (log_variance / 2).exp()
-            z = torch.cat([z, told], 1)
+            z = torch.cat([z, told / 4], 1)  # at z's own scale G varies with the condition alone and forgets z
         drawn, x = math.ceil(self.level), z
         for i, stage in enumerate(self.stages[:self.ends[drawn] + 1]):
             x = stage(x)
@@ -370,7 +373,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """D(images (B, channels, size, size) in [-1, 1], condition) -> (logits (B,), features (B, C)), both float32.
 
-    The condition is judged by projection (Miyato & Koyama 2018), on the features, which are means over the places.
+    The condition is judged by projection (Miyato & Koyama 2018) on the sum of the features over the places; what is
+    returned is their mean.
     """
 
     def __init__(self, m):
@@ -379,13 +383,10 @@ class Discriminator(nn.Module):
         self.starts = [(m.sizes[-1] // size).bit_length() - 1 for size in m.sizes]  # the first stage of each size
         self.stems = nn.ModuleList(self.stem(m.channels, widths[start]) for start in self.starts)
         self.stages = nn.ModuleList(self.stage(a, b) for a, b in zip(widths, widths[1:]))
-        self.head = self.last(widths[-1], m.sizes[-1] >> m.depth)
-        for module in self.modules():
-            self.init(module)
-        if not self.normalised:  # without it the signal would fade at N(0, 0.02): He et al. 2015
-            for module in [*self.stems.modules(), *self.stages.modules()]:
-                if isinstance(module, nn.Conv2d) and module.weight.any():
-                    nn.init.kaiming_normal_(module.weight, 0.2)
+        self.head, self.places = self.last(widths[-1], m.sizes[-1] >> m.depth), (m.sizes[-1] >> m.depth) ** 2
+        self.apply(self.init)
+        if not self.normalised:  # or the signal would fade on its way
+            self.stems.apply(he_init), self.stages.apply(he_init)
         self.level = len(m.sizes) - 1
         self.encode = None if m.condition == "none" else Encoder(m.condition, m.known)
         if self.encode is not None:
@@ -396,7 +397,7 @@ class Discriminator(nn.Module):
                 nn.utils.parametrizations.spectral_norm(module)
 
     def init(self, module):
-        pass
+        """How a part is initialised, where PyTorch's way will not do."""
 
     def forward(self, x, condition=None):
         seen, h = math.ceil(self.level), self.stems[math.ceil(self.level)](x)
@@ -411,10 +412,10 @@ class Discriminator(nn.Module):
 
     def match(self, features, condition):
         """How well features (B, C) fit conditions: the part of the logits (B,) that comes from the condition."""
-        return (self.project(self.encode(condition)[0]).float() * features).sum(1)
+        return (self.project(self.encode(condition)[0]).float() * features).sum(1) * self.places
 
 
-def dcgan_init(self, module):
+def dcgan_init(module):
     """Radford et al. 2016, as in pytorch/examples: convolutions N(0, 0.02), normalisations N(1, 0.02)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0, 0.02)
@@ -422,9 +423,17 @@ def dcgan_init(self, module):
         nn.init.normal_(module.weight, 1, 0.02)
 
 
+def he_init(module):
+    """He et al. 2015, for convolutions without normalisation; the last of a residual block starts at 0."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, 0.2)
+    if isinstance(module, Residual):
+        nn.init.zeros_(module.last.weight)
+
+
 class DCGANGenerator(Generator):
     """Radford et al. 2016: transposed 4×4 convolutions, batch normalisation, ReLU."""
-    init = dcgan_init
+    init = staticmethod(dcgan_init)
 
     def block(self, a, b, extra, *shape):
         layers = [nn.ConvTranspose2d(a, b, *shape, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
@@ -444,7 +453,7 @@ class DCGANGenerator(Generator):
 
 class DCGANDiscriminator(Discriminator):
     """Radford et al. 2016: strided 4×4 convolutions, batch normalisation after the first, LeakyReLU 0.2."""
-    init = dcgan_init
+    init = staticmethod(dcgan_init)
 
     def stem(self, channels, width):
         return nn.Sequential(nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True))
@@ -498,16 +507,9 @@ class Residual(nn.Module):
         return x + self.last(F.leaky_relu(self.conv(F.leaky_relu(x, 0.2)), 0.2))
 
 
-def resnet_init(self, module):
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, 0.2)
-    if isinstance(module, Residual):
-        nn.init.zeros_(module.last.weight)
-
-
 class ResnetGenerator(Generator):
     """After R3GAN (Huang et al. 2024), small: residual blocks without normalisation, bilinear upsampling."""
-    init = resnet_init
+    init = staticmethod(he_init)
 
     def first(self, inputs, width, base, extra):
         return nn.Sequential(nn.Linear(inputs, width * base * base), nn.Unflatten(1, (width, base, base)),
@@ -523,7 +525,7 @@ class ResnetGenerator(Generator):
 
 class ResnetDiscriminator(Discriminator):
     """The generator's mirror image."""
-    init = resnet_init
+    init = staticmethod(he_init)
 
     def stem(self, channels, width):
         return nn.Conv2d(channels, width, 4, 2, 1)
@@ -559,54 +561,30 @@ def load_generator(path, device="cpu"):
 
 # ---- objectives: logits of D -> scalar ------------------------------------------------------------------------------
 
-def bce_d(real, fake, args):
-    """Cross-entropy of D (Goodfellow et al. 2014) with smoothed targets (Salimans et al. 2016)."""
+def cross_entropy(real, fake, args):
     return (F.binary_cross_entropy_with_logits(real, torch.full_like(real, args.real_label))
             + F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, args.fake_label)))
 
 
-def bce_g(fake, real, args):
-    """Non-saturating loss of G: -log D(G(z)); real is not looked at."""
-    return F.softplus(-fake).mean()
-
-
-def hinge_d(real, fake, args):
-    """Lim & Ye 2017; G's side is wgan_g."""
-    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-
-
-def lsgan_d(real, fake, args):
-    """Least squares (Mao et al. 2017), targets as in bce."""
+def least_squares(real, fake, args):
     return 0.5 * ((real - args.real_label).square().mean() + (fake - args.fake_label).square().mean())
 
 
-def lsgan_g(fake, real, args):
-    return 0.5 * (fake - 1).square().mean()
-
-
-def wgan_d(real, fake, args):
-    """Wasserstein distance (Arjovsky et al. 2017); with --gp it is WGAN-GP."""
-    return fake.mean() - real.mean()
-
-
-def wgan_g(fake, real, args):
-    return -fake.mean()
-
-
-def relativistic_d(real, fake, args):
-    """D on pairs of real and fake (Jolicoeur-Martineau 2019; with R1 and R2: Huang et al. 2024)."""
-    return F.softplus(fake - real).mean()
-
-
-def relativistic_g(fake, real, args):
-    """G's side of the pairs."""
-    return F.softplus(real - fake).mean()
-
-
-# name: loss of D, loss of G, fitting weights of the penalties where none are named
-LOSSES = {"bce": (bce_d, bce_g, {}), "hinge": (hinge_d, wgan_g, {}), "lsgan": (lsgan_d, lsgan_g, {}),
-          "wgan-gp": (wgan_d, wgan_g, {"gp": 10.0}),
-          "relativistic": (relativistic_d, relativistic_g, {"r1": 0.05, "r2": 0.05})}
+# name: (loss of D from (real, fake, args), loss of G from (fake, real), options that go with it where none are named)
+LOSSES = {
+    # Goodfellow et al. 2014, G non-saturating; smoothed targets: Salimans et al. 2016
+    "bce": (cross_entropy, lambda fake, real: F.softplus(-fake).mean(), {}),
+    # Lim & Ye 2017
+    "hinge": (lambda real, fake, args: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
+              lambda fake, real: -fake.mean(), {}),
+    # Mao et al. 2017
+    "lsgan": (least_squares, lambda fake, real: 0.5 * (fake - 1).square().mean(), {}),
+    # Gulrajani et al. 2017
+    "wgan-gp": (lambda real, fake, args: fake.mean() - real.mean(), lambda fake, real: -fake.mean(),
+                {"gp": 10.0, "norm_d": "none"}),
+    # pairs of real and fake: Jolicoeur-Martineau 2019; with R1 and R2: Huang et al. 2024
+    "relativistic": (lambda real, fake, args: F.softplus(fake - real).mean(),
+                     lambda fake, real: F.softplus(real - fake).mean(), {"r1": 0.05, "r2": 0.05, "norm_d": "none"})}
 
 
 def squared_gradient(logits, images):
@@ -624,14 +602,15 @@ def loss_of_d(t, x, c, fake):
         fake_logits, _ = D(diffaug(fake) if args.diffaug else fake, c)
     loss = objective(real_logits, fake_logits, args)
     if args.mismatch_weight:  # the neighbour's condition is a wrong one (Reed et al. 2016)
-        wrong_logits = real_logits + D.match(features, c.roll(1, 0)) - D.match(features, c)
+        with t.autocast():
+            wrong_logits = real_logits + D.match(features, c.roll(1, 0)) - D.match(features, c)
         loss = torch.lerp(loss, objective(real_logits, wrong_logits, args), args.mismatch_weight)
     if args.r1:  # Mescheder et al. 2018
         loss = loss + args.r1 / 2 * squared_gradient(real_logits, x).mean()
     if args.r2:
         loss = loss + args.r2 / 2 * squared_gradient(fake_logits, fake).mean()
     if args.gp:  # Gulrajani et al. 2017
-        between = torch.lerp(fake, x, torch.rand(len(x), 1, 1, 1, device=t.device)).detach().requires_grad_()
+        between = torch.lerp(fake.float(), x, torch.rand(len(x), 1, 1, 1, device=t.device)).detach().requires_grad_()
         with t.autocast():
             logits, _ = D(between, c)
         loss = loss + args.gp * (squared_gradient(logits, between).add(1e-12).sqrt() - 1).square().mean()
@@ -647,7 +626,7 @@ def loss_of_g(t, x, c, fake):
         if args.loss == "relativistic" or args.feature_matching:
             with torch.no_grad():
                 real_logits, real_features = D(diffaug(x) if args.diffaug else x, c)
-    loss = LOSSES[args.loss][1](fake_logits, real_logits, args)
+    loss = LOSSES[args.loss][1](fake_logits, real_logits)
     if args.feature_matching:  # Salimans et al. 2016
         loss = loss + args.feature_matching * (features.mean(0) - real_features.mean(0)).square().mean()
     if args.cond_augment:
@@ -852,7 +831,7 @@ def check_same(t, state, path):
     """Refuse a checkpoint of other networks, options or data, and name what differs."""
     there, asked = state.get("options", {}), vars(t.args)
     changed = [f"--{k.replace('_', '-')} {there.get(k)} there, {v} asked" for k, v in asked.items()
-               if k not in FREE and there.get(k) != v]
+               if (k not in FREE or k == "epochs" and t.args.grow) and there.get(k) != v]
     changed += [f"{k} {state.get('model', {}).get(k)} there, {v} asked" for k, v in t.model.items()
                 if k not in asked and state.get("model", {}).get(k) != v]
     if state.get("fingerprint") != t.meta["fingerprint"]:
@@ -918,6 +897,9 @@ def train_step(t, images, condition):
     x = to_float(images, args)
     if (size := t.sizes[math.ceil(G.level)]) < x.shape[2]:
         x = F.avg_pool2d(x, x.shape[2] // size)
+    if G.level % 1:  # real images fade in as the fakes do
+        smaller = F.avg_pool2d(x, size // t.sizes[math.floor(G.level)])
+        x = torch.lerp(F.interpolate(smaller, size=size), x, G.level % 1)
     z = torch.randn(len(x), G.noise_dim, device=t.device)
     parts = list(zip(*(a.chunk(args.grad_accum) if a is not None else [None] * args.grad_accum
                        for a in (x, condition, z))))
@@ -927,7 +909,7 @@ def train_step(t, images, condition):
     statistics = [b.clone() for b in t.g_buffers]
 
     # D: tell x from G(z)
-    for x, c, z in parts:
+    for x, c, z in parts if train_d or keep_graph else ():
         with t.autocast(), torch.set_grad_enabled(keep_graph):
             fake = G(z, c)
         if train_d:
@@ -942,7 +924,7 @@ def train_step(t, images, condition):
 
     # G: make D take G(z) for real; D's weights need no gradient for that
     D.requires_grad_(False)
-    for x, c, z in parts * train_g:
+    for x, c, z in parts if train_g else ():
         if not keep_graph:
             with t.autocast():
                 fake = G(z, c)
@@ -954,7 +936,7 @@ def train_step(t, images, condition):
         update(t, t.g, "g", seen)
 
     for now, before in zip(t.g_buffers, statistics):  # of a batch that was skipped nothing is to stay
-        torch.where(seen.get("skipped_g", t.zero) > 0, before, now, out=now)
+        torch.where(seen.get("skipped_g", seen.get("skipped_d", t.zero)) > 0, before, now, out=now)
     decay = min(args.ema, (1 + t.step) / (10 + t.step))  # short at first, so that the first weights are forgotten
     torch._foreach_lerp_(t.ema_tensors, t.g_tensors, 1 - decay)
     record(t, seen)
@@ -984,11 +966,15 @@ def update(t, side, name, seen):
         nn.utils.clip_grads_with_norm_(params, t.args.clip_grad, norm)
     skip = 1 - torch.isfinite(norm + loss.sum()).float()
     side.optimizer.param_groups[0]["lr"] = learning_rate(side.lr, t.args, t.step, t.schedule_steps)
-    if t.args.optimizer == "rmsprop":  # not fused: no gradient leaves the weights as they are
-        for g in grads:
-            g.masked_fill_(skip > 0, 0)
     side.optimizer.found_inf = skip  # a fused optimiser then leaves weights, moments and step count alone
+    if t.args.optimizer == "rmsprop":  # not fused: no gradient moves no weight, and the moments are put back
+        squares = [side.optimizer.state[p]["square_avg"] for p in params if p in side.optimizer.state]
+        before = [x.clone() for x in squares]
+        torch._foreach_copy_(grads, [torch.where(skip > 0, 0, g) for g in grads])
     side.optimizer.step()
+    if t.args.optimizer == "rmsprop":
+        for now, old in zip(squares, before):
+            torch.where(skip > 0, old, now, out=now)
     side.scaler.update()
     side.optimizer.zero_grad()
     seen |= {f"grad_norm_{name}": norm, f"skipped_{name}": skip}
@@ -1024,7 +1010,9 @@ def pool(t):
 def train(t, signals):
     """Step until the end or a signal. Returns the signal's number, or 0."""
     args, number, times = t.args, 0, []
-    t.begun, fid_steps = t.step, (args.fid_every or 0) * t.steps_per_epoch
+    t.begun = t.step
+    if fid_due(t):  # a run that was killed while it was scored
+        track_fid(t, signals.group)
     data = batches(t, t.step, t.total)
     while t.step < t.total and not number:
         begin = stamp(t.device)
@@ -1032,7 +1020,8 @@ def train(t, signals):
         t.step += 1
         times.append((begin, stamp(t.device)))
         t.bar.update()
-        if fid_steps and (t.step % fid_steps == 0 or t.step == t.total):
+        if fid_due(t):
+            save(t)  # scoring takes longer than torchrun waits after a signal
             track_fid(t, signals.group)
             if patience_over(t):
                 t.total = t.step
@@ -1048,6 +1037,13 @@ def train(t, signals):
             save(t)
             write_status(t, "running")
     return number
+
+
+def fid_due(t):
+    """Whether this step's generator is to be scored: at the end of an epoch, once, and drawing at its full size."""
+    every = (t.args.fid_every or 0) * t.steps_per_epoch
+    return (every and t.step and (t.step % every == 0 or t.step == t.total) and t.ema.level == len(t.sizes) - 1
+            and (t.best is None or t.best["last"] != t.step))
 
 
 def track_fid(t, group):
@@ -1066,6 +1062,7 @@ def track_fid(t, group):
         dist.broadcast_object_list(fid, 0, group)
     better = t.best is None or fid[0] < t.best["fid"]
     t.best = {"fid": fid[0], "step": t.step, "since": 0} if better else t.best | {"since": t.best["since"] + 1}
+    t.best["last"] = t.step
     if t.rank == 0:
         line = {"step": t.step, "epoch": round(t.step / t.steps_per_epoch, 4), "fid": fid[0], "n_generated": n,
                 "n_real": n, "seconds": round(time.perf_counter() - start, 1)}
@@ -1083,7 +1080,8 @@ def patience_over(t):
 
 def diagnose(t):
     """Say in words, once each, what the last epoch's lines show; status.json keeps it."""
-    t.recent = [line for line in t.recent + [t.last] if line["step"] > t.step - t.steps_per_epoch]
+    lines = t.recent + [t.last]
+    t.recent = [x for x in lines if x["step"] > t.step - t.steps_per_epoch or x in lines[-3:]]
     if t.step - t.begun < t.steps_per_epoch:
         return
 
@@ -1253,8 +1251,8 @@ def set_up(args, images, conditions, meta, device, rank, world):
     model = {k: getattr(args, k) for k in ("arch", "width", "width_d", "depth", "extra_convs", "latent_dim", "norm_d",
                                            "spectral_norm", "attention")}
     kind = "vector" if args.condition == "text" and meta.get("text_encoder") else args.condition
-    known = {"label": lambda: len(meta["classes"]), "text": lambda: len(meta["vocabulary"]),
-             "vector": lambda: conditions.shape[2], "none": lambda: 0}[kind]()
+    known = (0 if kind == "none" else conditions.shape[2] if kind == "vector" else
+             len(meta["classes"] if kind == "label" else meta["vocabulary"]))
     model |= {"sizes": find_sizes(args, size), "channels": meta["channels"], "condition": kind, "known": known,
               "cond_augment": args.cond_augment > 0}
     steps_per_epoch = len(images) // args.batch_size
@@ -1330,11 +1328,14 @@ def main():
     images, conditions, meta = load_data(args.data, args.condition)
     device = find_device(args.device)
     t = set_up(args, images, conditions, meta, device, rank, world)
-    held = group = None
+    group = None
     if rank == 0:
+        if args.fid_every:
+            import evaluate
+            evaluate.find_weights()  # or one line why not, before any work
         try:
             (t.out / "grids").mkdir(parents=True, exist_ok=True)
-            held = lock(t.out)  # for as long as this file is open
+            t.lock = lock(t.out)  # for as long as this file is open
         except OSError as error:
             fail(f"--out {t.out}: {error.strerror}")
     if world > 1:

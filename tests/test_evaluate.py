@@ -67,6 +67,13 @@ def test_matching_against_worked_out_cases():
     assert found["r_precision"]["value"] == pytest.approx(1 - 99 / 149, abs=0.1)
 
 
+def test_images_of_one_caption_are_not_each_others_rivals():
+    own = np.eye(120, 200, dtype=np.float32)
+    real = {"mu": np.zeros(200), "features": own, "rows": np.arange(120)}
+    found = evaluate.matching([{"row": i % 120} for i in range(480)], np.tile(own, (4, 1)), real, None, None, None)
+    assert found["r_precision"]["value"] == 1 and found["cosine"]["n_generated"] == 120
+
+
 def test_attributes_are_seen(tmp_path):
     call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "32", "--num", "3000")
     images = np.load(tmp_path / "data" / "images.npy")

@@ -271,7 +271,7 @@ def words(folder, image, caption=0):
 
 def test_captions_from_a_file_inside_beside_or_text_beside_images(zoo, tmp_path):
     lines = [{"file": "a/one.png", "captions": ["A red <b>Dog</b>!", "it's\x00\x1b[31m here\ud800"]},
-             {"file": "two.png", "captions": ["a cat"]}, {"file": "three.png", "captions": ["\n"]}]
+             {"file": "two.png", "captions": "a cat"}, {"file": "three.png", "captions": ["\n"]}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "in").mkdir()
     with zipfile.ZipFile(tmp_path / "in" / "faces.zip", "w") as archive:
@@ -296,6 +296,7 @@ def test_captions_from_a_file_inside_beside_or_text_beside_images(zoo, tmp_path)
     (tmp_path / "captions.jsonl").unlink()
     (tmp_path / "pictures" / "a" / "one.txt").write_text("first\n\nsecond one\n")
     (tmp_path / "pictures" / "a" / "two.txt").write_text("third")
+    (tmp_path / "pictures" / "a" / "two.png").rename(tmp_path / "pictures" / "a" / "two.PNG")
     call("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "text", "--size", "8")
     assert captions_of(tmp_path / "text") == [["first", "second one"], ["third"]]
 

@@ -18,10 +18,11 @@ import train
 
 KILLS = int(os.environ.get("KILLS", 4))  # the torture test's; 100 in its longer form
 TIMES = ("ms_per_step", "ms_min", "ms_max", "images_per_second")
-# all that draws random numbers: dropout, flips, noise, labels, accumulation
-OPTIONS = ("--condition", "label", "--arch", "upsample", "--flip", "--grad-accum", "2", "--width", "8", "--batch-size",
-           "32", "--log-every", "5", "--save-every", "20", "--grid-every", "50", "--device", "cpu", "--epochs", "15",
-           "--loss", "relativistic", "--r1", "0.1")
+# all that draws random numbers or depends on the step: dropout, augmentation, noise, captions, accumulation, growing
+OPTIONS = ("--condition", "text", "--arch", "upsample", "--flip", "--diffaug", "--jitter", "0.1", "--grad-accum", "2",
+           "--width", "8", "--batch-size", "32", "--log-every", "5", "--save-every", "20", "--grid-every", "50", "--device",
+           "cpu", "--epochs", "15", "--loss", "relativistic", "--r1", "0.1", "--cond-augment", "0.1", "--mismatch-weight",
+           "0.3", "--attention", "--grow", "8,16", "--d-steps", "2", "--schedule", "cosine-restarts", "--warmup", "9")
 
 
 def start(shapes, run, *options, launch=(sys.executable,)):
@@ -189,7 +190,7 @@ def test_full_disk(shapes, trained, tmp_path):
 INJECT = """
 import sys, torch, train
 sys.argv = ["train.py", *sys.argv[1:]]
-step, d_loss = train.train_step, train.bce_d
+step, (d_loss, g_loss, _) = train.train_step, train.LOSSES["bce"]
 def patched(t, *batch):
     if t.step >= {start}: {what}
     step(t, *batch)
@@ -213,7 +214,7 @@ def test_exception_leaves_a_post_mortem(shapes, tmp_path):
 
 
 def test_numbers_that_stay_bad_stop_the_run_with_advice(shapes, tmp_path):
-    poison = "train.LOSSES['bce'] = (lambda r, f, a: d_loss(r, f, a) * float('nan'), train.bce_g)"
+    poison = "train.LOSSES['bce'] = (lambda r, f, a: d_loss(r, f, a) * float('nan'), g_loss, {})"
     done = call(sys.executable, "-c", INJECT.format(start=12, what=poison), "--data", shapes, "--out", tmp_path,
                 "--epochs", "100", "--max-skips", "6", *TINY, cwd=ROOT, status=2)
     assert "--lr-d" in done.stderr and "--clip-grad" in done.stderr and len(done.stderr.strip().splitlines()) == 1
@@ -267,7 +268,7 @@ def test_bad_numbers_of_one_process_are_skipped_by_all(shapes, tmp_path):
     patched = tmp_path / "patched.py"
     patched.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + INJECT.format(
         start=0, what="train.LOSSES['bce'] = (lambda r, f, a: d_loss(r, f, a) + (float('inf') if t.rank == 1 and "
-        "t.step in (5, 6) else 0), train.bce_g)"))
+        "t.step in (5, 6) else 0), g_loss, {})"))
     call(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", patched, "--data", shapes,
          "--out", tmp_path / "run", "--max-steps", "12", *TINY, OMP_NUM_THREADS="1")
     assert [line["skipped_d"] for line in log_of(tmp_path / "run")] == [0, 2, 2]

@@ -22,6 +22,9 @@ LOG_KEYS = {"step", "epoch", "images", "loss_g", "loss_d", "acc_real", "acc_fake
             "images_per_second", "diversity", "clipped_g", "clipped_d"}
 
 
+D_LOSS, G_LOSS = ({name: entry[i] for name, entry in train.LOSSES.items()} for i in (0, 1))
+
+
 def networks(arch="dcgan", size=64, channels=3, width=64, **more):
     model = {"arch": arch, "sizes": [size], "channels": channels, "width": width, "width_d": width, "extra_convs": 0,
              "norm_d": "batch", "depth": train.default_depth(size), "latent_dim": 100, "condition": "none", "known": 0,
@@ -71,15 +74,15 @@ def test_bce_against_plain_algebra():
     log_p, log_q = (lambda x: -math.log(1 + math.exp(-x))), (lambda x: -math.log(1 + math.exp(x)))
     expected = (sum(-0.9 * log_p(x) - 0.1 * log_q(x) for x in real.tolist()) / 3
                 + sum(-0.1 * log_p(x) - 0.9 * log_q(x) for x in fake.tolist()) / 3)
-    assert train.bce_d(real, fake, args).item() == pytest.approx(expected, rel=1e-5)
-    assert train.bce_g(fake, None, args).item() == pytest.approx(sum(-log_p(x) for x in fake.tolist()) / 3, rel=1e-5)
+    assert D_LOSS["bce"](real, fake, args).item() == pytest.approx(expected, rel=1e-5)
+    assert G_LOSS["bce"](fake, None).item() == pytest.approx(sum(-log_p(x) for x in fake.tolist()) / 3, rel=1e-5)
 
 
 def test_relativistic_and_penalties_against_plain_algebra(tmp_path):
     real, fake = torch.tensor([2.0, -1.0]), torch.tensor([-0.5, 1.5])
     expected = (math.log(1 + math.exp(-2.5)) + math.log(1 + math.exp(2.5))) / 2
-    assert train.relativistic_d(real, fake, None).item() == pytest.approx(expected, rel=1e-5)
-    assert train.relativistic_g(fake, real, None).item() == pytest.approx(
+    assert D_LOSS["relativistic"](real, fake, None).item() == pytest.approx(expected, rel=1e-5)
+    assert G_LOSS["relativistic"](fake, real).item() == pytest.approx(
         (math.log(1 + math.exp(2.5)) + math.log(1 + math.exp(-2.5))) / 2, rel=1e-5)
     x, w = torch.randn(4, 3, 8, 8, requires_grad=True), torch.randn(3, 8, 8)
     assert torch.allclose(train.squared_gradient((w * x).sum((1, 2, 3)), x), w.square().sum(), rtol=1e-5)
@@ -90,11 +93,11 @@ def test_relativistic_and_penalties_against_plain_algebra(tmp_path):
 def test_hinge_least_squares_and_wasserstein_against_plain_algebra():
     real, fake = torch.tensor([2.0, -1.0]), torch.tensor([-0.5, 1.5])
     args = SimpleNamespace(real_label=0.9, fake_label=0.1)
-    assert train.hinge_d(real, fake, args).item() == pytest.approx((0 + 2) / 2 + (0.5 + 2.5) / 2)
-    assert train.lsgan_d(real, fake, args).item() == pytest.approx((1.1**2 + 1.9**2 + 0.6**2 + 1.4**2) / 4)
-    assert train.lsgan_g(fake, None, args).item() == pytest.approx((1.5**2 + 0.5**2) / 4)
-    assert train.wgan_d(real, fake, args).item() == pytest.approx(0.5 - 0.5)
-    assert train.wgan_g(fake, None, args).item() == pytest.approx(-0.5)
+    assert D_LOSS["hinge"](real, fake, args).item() == pytest.approx((0 + 2) / 2 + (0.5 + 2.5) / 2)
+    assert D_LOSS["lsgan"](real, fake, args).item() == pytest.approx((1.1**2 + 1.9**2 + 0.6**2 + 1.4**2) / 4)
+    assert G_LOSS["lsgan"](fake, None).item() == pytest.approx((1.5**2 + 0.5**2) / 4)
+    assert D_LOSS["wgan-gp"](real, fake, args).item() == pytest.approx(0.5 - 0.5)
+    assert G_LOSS["wgan-gp"](fake, None).item() == G_LOSS["hinge"](fake, None).item() == pytest.approx(-0.5)
 
 
 class Plane(torch.nn.Module):
@@ -149,8 +152,14 @@ def test_conditions_reach_both_networks(kind):
     assert torch.allclose(D(x, other)[0] - logits, D.match(features, other) - D.match(features, one), atol=1e-5)
     assert not torch.equal(D.match(features, other), D.match(features, one))
     if kind == "text":  # padding says nothing
-        longer = torch.tensor([[1, 2, 0, 0, 0], [3, 4, 0, 0, 0]])
-        assert torch.allclose(D(x, longer)[0], logits, atol=1e-5)
+        for told in ([[1, 2], [3, 4]], [[1, 2, 0, 0, 0], [3, 4, 0, 0, 0]]):
+            assert torch.allclose(D(x, torch.tensor(told))[0], logits, atol=1e-5)
+
+
+def test_resnet_starts_as_the_identity():
+    for net in networks("resnet", size=32, width=8):
+        assert all(not m.last.weight.any() for m in net.modules() if isinstance(m, train.Residual))
+        assert all(m.weight.any() for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size != (1, 1))
 
 
 def test_words_attend_to_places():
@@ -351,6 +360,26 @@ def test_accumulation_without_batch_statistics_equals_one_batch(tmp_path):
     assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(whole.g_tensors, parts.g_tensors))
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("arch", list(train.ARCHITECTURES))
+def test_half_precision_with_everything(arch, amp, tmp_path):
+    penalties = ("--r1", "0.1", "--r2", "0.1", "--gp", "1") if amp == "bf16" else ("--r1", "0", "--r2", "0", "--gp", "0")
+    t = steps_of(trainer(tmp_path, "--amp", amp, "--arch", arch, "--condition", "text", "--attention", "--cond-augment",
+                         "1", "--mismatch-weight", "0.5", "--grow", "8,16", "--diffaug", "--jitter", "0.1", "--loss",
+                         "wgan-gp", "--feature-matching", "0.1", *penalties), 3)
+    assert t.skips[0].sum() == 0 and all(torch.isfinite(x).all() for x in t.ema_tensors)
+
+
+def test_rmsprop_skips_leave_its_moments(tmp_path, monkeypatch):
+    t = steps_of(trainer(tmp_path, "--optimizer", "rmsprop"), 2)
+    before = [(p.clone(), t.d.optimizer.state[p]["square_avg"].clone()) for p in t.d.params]
+    monkeypatch.setitem(train.LOSSES, "bce", (lambda r, f, a: D_LOSS["bce"](r, f, a) * math.nan, G_LOSS["bce"], {}))
+    steps_of(t, 1)
+    assert t.skips[0].tolist() == [0, 1]
+    assert all(torch.equal(p, w) and torch.equal(t.d.optimizer.state[p]["square_avg"], m)
+               for p, (w, m) in zip(t.d.params, before))
+
+
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("where", ["loss of D", "gradient of G"])
 def test_bad_numbers_skip_that_network_alone(amp, where, tmp_path, monkeypatch):
@@ -358,7 +387,7 @@ def test_bad_numbers_skip_that_network_alone(amp, where, tmp_path, monkeypatch):
     before = [x.clone() for net in (t.g.net, t.d.net) for x in net.parameters()]
     moments = [{k: v.clone() for k, v in t.d.optimizer.state[p].items()} for p in t.d.params]
     if where == "loss of D":
-        monkeypatch.setitem(train.LOSSES, "bce", (lambda r, f, a: train.bce_d(r, f, a) + math.inf, train.bce_g))
+        monkeypatch.setitem(train.LOSSES, "bce", (lambda r, f, a: D_LOSS["bce"](r, f, a) + math.inf, G_LOSS["bce"], {}))
         bad = t.d
     else:
         hook = t.g.params[0].register_hook(lambda grad: grad * math.nan)
@@ -379,13 +408,15 @@ def test_bad_numbers_skip_that_network_alone(amp, where, tmp_path, monkeypatch):
         assert t.skips[1].tolist() == [0, 0] and t.skips[2].tolist() == [1, 0]
 
 
-def test_a_bad_forward_pass_leaves_no_trace_in_the_average(tmp_path):
-    t = steps_of(trainer(tmp_path, "--amp", "off"), 2)
+@pytest.mark.parametrize("d_steps", ["1", "2"])
+def test_a_bad_forward_pass_leaves_no_trace_in_the_average(d_steps, tmp_path):
+    t = steps_of(trainer(tmp_path, "--amp", "off", "--d-steps", d_steps), 2)
     before = [x.clone() for x in t.g_tensors]
     hook = t.g.net.stages[0][1].register_forward_hook(lambda module, inputs, output: output * math.nan)
     steps_of(t, 1)
     hook.remove()
-    assert t.skips[0].tolist() == [1, 1] and all(torch.equal(a, b) for a, b in zip(before, t.g_tensors))
+    assert t.skips[0].tolist() == [d_steps == "1", 1]
+    assert all(torch.equal(a, b) for a, b in zip(before, t.g_tensors))
     assert all(torch.isfinite(x).all() for x in steps_of(t, 1).ema_tensors)
 
 
@@ -483,6 +514,9 @@ def test_refusals(shapes, trained, tmp_path, capsys):
     refused(*base, "--grow", "8,16", "--compile", naming=["--grow", "--compile"])
     refused(*base, "--attention", naming=["--attention", "--condition text"])
     refused(*base, "--mismatch-weight", "0.5", naming=["--mismatch-weight", "--condition"])
+    refused(*base, "--arch", "resnet", "--spectral-norm", naming="--spectral-norm")
+    refused(*base, "--fid-every", "1", naming="weights", XDG_CACHE_HOME=str(tmp_path), TORCH_HOME=str(tmp_path), PIP_NO_INDEX="1",
+            http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
     refused(*base, "--patience", "3", naming=["--patience", "--fid-every"])
     refused(*base, "--amp", "fp16", "--r1", "1", naming=["--amp", "--r1"])
     refused(*base, "--device", "cuda:0", LOCAL_WORLD_SIZE="2", naming="--device")
