@@ -520,7 +520,7 @@ def write_report(run, metrics, config):
             parts.append(f"<figure>{embed(path.read_bytes(), name=name)}<figcaption>{name}</figcaption></figure>")
     parts.append("</div>")
     if (run / "captions.png").exists():
-        picture = embed((run / "captions.png").read_bytes(), name="captions")
+        picture = embed((run / "captions.png").read_bytes(), name="captions", style="plot")
         parts.append(f"<h2>Generated, real, and the caption of both</h2><figure>{picture}</figure>")
     walk = run / "interpolation.webp"
     if walk.exists():

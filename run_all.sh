@@ -70,11 +70,11 @@ case $recipe in
 esac
 data=${DATA:-data/${recipe%-*}} run=${RUN:-runs/$recipe}
 case ${prepare[0]-} in folder | coco)
-    [ -n "${ROOT-}" ] || mistake "ROOT is missing, the images: ROOT=faces.zip bash run_all.sh $recipe" ;;
+    [ -n "${ROOT-}" ] || mistake "ROOT is missing, the images: ROOT=faces.zip bash run_all.sh $recipe"
+    [ -z "${CAPTIONS-}" ] || prepare+=(--captions "$CAPTIONS") ;;
 esac
 [ "${prepare[0]-}" != coco ] || [ -n "${CAPTIONS-}" ] ||
     mistake "CAPTIONS is missing: CAPTIONS=captions_train2017.json ROOT=train2017 bash run_all.sh $recipe"
-[ -z "${CAPTIONS-}" ] || prepare+=(--captions "$CAPTIONS")
 [ -z "${ROOT-}" ] || prepare+=(--root "$ROOT")
 call="$recipe ${prepare[*]-} $*"
 

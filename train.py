@@ -1082,7 +1082,7 @@ def diagnose(t):
     """Say in words, once each, what the last epoch's lines show; status.json keeps it."""
     lines = t.recent + [t.last]
     t.recent = [x for x in lines if x["step"] > t.step - t.steps_per_epoch or x in lines[-3:]]
-    if t.step - t.begun < t.steps_per_epoch:
+    if t.step - t.begun < max(t.steps_per_epoch, 200):  # the first steps of any run look bad
         return
 
     def mean(*names):

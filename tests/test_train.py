@@ -367,7 +367,8 @@ def test_half_precision_with_everything(arch, amp, tmp_path):
     t = steps_of(trainer(tmp_path, "--amp", amp, "--arch", arch, "--condition", "text", "--attention", "--cond-augment",
                          "1", "--mismatch-weight", "0.5", "--grow", "8,16", "--diffaug", "--jitter", "0.1", "--loss",
                          "wgan-gp", "--feature-matching", "0.1", *penalties), 3)
-    assert t.skips[0].sum() == 0 and all(torch.isfinite(x).all() for x in t.ema_tensors)
+    assert t.skips[0].max() <= (0 if amp == "bf16" else 3), "fp16's scale comes down in the first steps"
+    assert all(torch.isfinite(x).all() for x in t.ema_tensors)
 
 
 def test_rmsprop_skips_leave_its_moments(tmp_path, monkeypatch):
@@ -468,6 +469,7 @@ def test_fid_while_training(weights, shapes, tmp_path):
 
 def diagnosed(tmp_path, *options, epochs=2, **values):
     t = trainer(tmp_path, *options)
+    t.begun = -200
     for step in range(1, 4 * epochs + 1):  # 4 steps an epoch
         t.step, t.last = step, {"step": step, "loss_g": step / 10, "acc_real": 0.8, "acc_fake": 0.8, "diversity": 1.0,
                                 "clipped_g": 0.0, "clipped_d": 0.0} | values
