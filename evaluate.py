@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 BATCH = 32  # images a pass of Inception
 KEPT = 10_000  # real images whose features are kept for KID
+NEIGHBOURS = 3  # of precision, recall, density and coverage
 KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}  # pytorch-fid's
 # the same convolution weights, without the classifier, where pytorch-fid's own file cannot be reached
@@ -80,6 +81,7 @@ def load_inception(path, device):
     for module in features.modules():
         if isinstance(module, torchvision.models.inception.BasicConv2d):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), torch.nn.Identity()
+    features.classes = network.fc.weight.detach() if network.fc.weight.any() else None
     torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would show in the FID
     return features.requires_grad_(False).to(device, memory_format=torch.channels_last)
 
@@ -233,6 +235,38 @@ def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE, seed=0):
         within = (aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (size * (size - 1))
         values.append(float(within - 2 * ab.mean()))
     return float(np.mean(values)), float(np.std(values))
+
+
+def neighbour_measures(real, fake, k=NEIGHBOURS):
+    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020) of features (n, d) and (m, d).
+
+    Each image's ball reaches to its k-th neighbour. `memorised` is the share of generated images that are nearer to a
+    real one than that is to any other real one.
+    """
+    real, fake = torch.from_numpy(real).float(), torch.from_numpy(fake).float()
+
+    def to_neighbours(x):  # the first is the image itself
+        return torch.cdist(x, x).fill_diagonal_(0).topk(k + 1, largest=False).values[:, 1:]
+    real_radii, fake_radii, distance = to_neighbours(real), to_neighbours(fake)[:, -1], torch.cdist(real, fake)
+    inside = distance <= real_radii[:, -1:]
+    nearest = distance.min(0)
+    return {"precision": inside.any(0).float().mean().item(),
+            "recall": (distance <= fake_radii).any(1).float().mean().item(),
+            "density": inside.sum(0).float().mean().item() / k,
+            "coverage": inside.any(1).float().mean().item(),
+            "memorised": (nearest.values < real_radii[nearest.indices, 0]).float().mean().item()}
+
+
+def inception_score(features, classes, splits=10):
+    """Salimans et al. 2016, from features (n, d) and a classifier (c, d): (mean, deviation) over shuffled splits.
+
+    Without the classifier's bias, as TensorFlow's original has it.
+    """
+    order = np.random.default_rng(0).permutation(len(features))
+    log_p = (torch.from_numpy(features[order]).double() @ classes.T.cpu().double()).log_softmax(1)
+    scores = [(part.exp() * (part - part.exp().mean(0).log())).sum(1).mean().exp().item()
+              for part in log_p.chunk(splits)]
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def real_statistics(network, args, weights, device):
@@ -492,10 +526,10 @@ def table(rows):
 def metric_rows(metrics):
     rows = [("measure", "value", "generated", "real", "protocol")]
     names = {"fid": "FID", "kid": "KID", "floor": "FID, real against real", "cosine": "cosine with its own real image",
-             "r_precision": "R-precision", "clip": "CLIP score"}
+             "r_precision": "R-precision", "clip": "CLIP score", "inception_score": "Inception Score"}
     for key, m in metrics.items():
         if isinstance(m, dict) and "protocol" in m:
-            digits = 5 if key == "kid" else 2 if "fid" in key or key in ("floor", "clip") else 3
+            digits = 5 if key == "kid" else 2 if key in ("fid", "floor", "clip", "inception_score") else 3
             value = f"{m['value']:.{digits}f}" + (f" ± {m['std']:.{digits}f}" if "std" in m else "")
             rows.append((names.get(key, key), value, m.get("n_generated", "–"), m["n_real"], m["protocol"]))
     return rows
@@ -619,6 +653,16 @@ def main():
         mean, std = kernel_distance(fake["features"], real["features"], size=size)
         metrics["kid"] = {"value": mean, "std": std, "n_generated": n_fake, "n_real": len(real["features"]),
                           "protocol": f"{KID_SUBSETS} subsets of {size}, cubic kernel, unbiased"}
+        if min(n_fake, len(real["features"])) > NEIGHBOURS:
+            n = min(n_fake, KEPT)
+            for name, value in neighbour_measures(real["features"], fake["features"][:n]).items():
+                metrics[name] = {"value": value, "n_generated": n, "n_real": len(real["features"]), "protocol":
+                                 f"Inception features, k = {NEIGHBOURS}" if name != "memorised" else "generated images "
+                                 "that are nearer to a real one than any other real one is"}
+    if "features" in fake and network.classes is not None:
+        mean, std = inception_score(fake["features"], network.classes)
+        metrics["inception_score"] = {"value": mean, "std": std, "n_generated": n_fake, "n_real": None,
+                                      "protocol": "10 splits, shuffled"}
     if "floor" in real:
         metrics["floor"] = {"value": float(real["floor"]), "n_real": f"{int(real['floor_n'])} against as many others",
                             "protocol": protocol}

@@ -1159,8 +1159,9 @@ def write_grid(t):
     if t.rank == 0:
         with torch.inference_mode():
             pixels = to_pixels(t.ema(t.grid_z, t.grid_condition))
-        with whole_file(t.out / "grids" / f"step_{t.step:07d}.png") as file:
-            make_grid(pixels).save(file, "PNG")
+        for name in (f"step_{t.step:07d}.png", "latest.png"):
+            with whole_file(t.out / "grids" / name) as file:
+                make_grid(pixels).save(file, "PNG")
 
 
 def to_pixels(images):

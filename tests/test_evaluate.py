@@ -53,6 +53,31 @@ def folder_of(path, count, shift, size=32):
     return path
 
 
+def test_neighbour_measures_against_loops():
+    real, fake, k = features(60, 4), features(50, 4, 0.4), 3
+    far = [[float(np.linalg.norm(a.astype(float) - b)) for b in y] for x, y in ((real, real), (fake, fake)) for a in x]
+    real_radius, fake_radius = ([sorted(row)[k] for row in rows] for rows in (far[:60], far[60:]))
+    d = [[float(np.linalg.norm(a.astype(float) - b)) for b in fake] for a in real]
+    inside = [[d[i][j] <= real_radius[i] for j in range(50)] for i in range(60)]
+    nearest = [min(range(60), key=lambda i, j=j: d[i][j]) for j in range(50)]
+    expected = {"precision": np.mean([any(inside[i][j] for i in range(60)) for j in range(50)]),
+                "recall": np.mean([any(d[i][j] <= fake_radius[j] for j in range(50)) for i in range(60)]),
+                "density": np.mean([sum(inside[i][j] for i in range(60)) for j in range(50)]) / k,
+                "coverage": np.mean([any(row) for row in inside]),
+                "memorised": np.mean([d[i][j] < sorted(far[i])[1] for j, i in enumerate(nearest)])}
+    assert evaluate.neighbour_measures(real, fake) == pytest.approx(expected, abs=1e-6)
+    assert evaluate.neighbour_measures(real, real[:50] + np.float32(1e-4))["memorised"] == 1
+    assert evaluate.neighbour_measures(real, fake + 1000)["precision"] == 0
+
+
+def test_inception_score_worked_out():
+    import torch
+    classes = torch.eye(4, 8) * 100  # each image is surely of one of four classes, each as often: e^log 4
+    sure = np.tile(np.eye(4, 8, dtype=np.float32), (25, 1))
+    assert evaluate.inception_score(sure, classes, splits=1)[0] == pytest.approx(4, rel=1e-4)
+    assert evaluate.inception_score(np.zeros((20, 8), np.float32), classes)[0] == pytest.approx(1)
+
+
 def test_matching_against_worked_out_cases():
     own = np.eye(150, 200, dtype=np.float32)  # 150 real images, each in a direction of its own
     real = {"mu": np.zeros(200), "features": own[::-1], "rows": np.arange(150)[::-1].copy()}

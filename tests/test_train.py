@@ -242,7 +242,7 @@ def test_what_a_run_leaves(trained):
     assert config["options"]["width"] == 8 and config["versions"]["torch"] == torch.__version__
     status = json.loads((trained / "status.json").read_text())
     assert (status["state"], status["step"]) == ("finished", 48)
-    assert sorted(p.name for p in (trained / "grids").iterdir()) == ["real.png"] + [
+    assert sorted(p.name for p in (trained / "grids").iterdir()) == ["latest.png", "real.png"] + [
         f"step_{s:07d}.png" for s in range(8, 49, 8)]
     assert Image.open(trained / "grids" / "step_0000048.png").size == (128, 128)
     for name in ("checkpoint.pt", "checkpoint.prev.pt", "generator.pt"):
