@@ -403,8 +403,8 @@ def attribute_rates(notes, fake, images, folder):
     hits = right(prepare(fake), truth[[note["row"] for note in notes]])
     parts = torch.stack([part.mean(0) for part in hits.chunk(10)])
     return {f"{name} right": {"value": float(hits[:, i].mean()), "std": float(parts[:, i].std()),
-                              "n_generated": len(hits), "n_real": held, "protocol": "as a small network sees it, which "
-                              f"is right on {own[i]:.1%} of held-out real images; deviation over tenths"}
+                              "n_generated": len(hits), "n_real": held, "protocol": "seen by a small network, right on "
+                              f"{own[i]:.1%} of held-out real images; deviation over tenths"}
             for i, name in enumerate([*names, "all"])}
 
 
@@ -671,6 +671,11 @@ def main():
             real_images = open_images("--data", args.data)
             metrics |= matching(notes, fake["features"], real, network, real_images, device)
             metrics |= attribute_rates(notes, pixels_of(generated), real_images, Path(args.data))
+            if len(notes) < 100:
+                metrics["warnings"].append("R-precision takes 100 images or more")
+        elif "row" not in notes[0]:
+            metrics["warnings"].append("drawn for captions of your own choice: the FID compares them with all of the "
+                                       "data, and how well they match is not measured")
         if args.clip:
             metrics |= clip_score(clip, args.clip, notes, pixels_of(generated))
     small = [str(n) for n in (n_fake, n_real) if n is not None and n < 2048]
@@ -690,8 +695,9 @@ def main():
             write_report(run, metrics, config)
     except OSError as error:
         sys.exit(f"evaluate.py: {error.strerror}: {error.filename or target}")
-    for name, value, generated_n, real_n, _ in metric_rows(metrics)[1:]:
-        print(f"{name:24} {value}   (generated {generated_n}, real {real_n})")
+    for name, value, generated_n, real_n, how in metric_rows(metrics)[1:]:
+        print(f"{name:24} {value}   (generated {generated_n}, real {real_n}"
+              + (f"; {how})" if name.endswith("right") else ")"))
     for warning in metrics["warnings"]:
         print(f"note: {warning}")
     if run:

@@ -9,6 +9,7 @@ nothing is done.
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import io
@@ -151,9 +152,15 @@ def find_captions(args, root, read, names):
         if inside:
             with read(inside[0]) as file:
                 lines = file.read().decode("utf-8", "replace").split("\n")
-            lines = [json.loads(line) for line in lines if line.strip()]
-            return {line["file"]: [line["captions"]] if isinstance(line["captions"], str) else
-                    [str(c) for c in line["captions"]] for line in lines}
+            captions = {}
+            for number, line in enumerate(lines, 1):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line) if line.strip() else {"file": "", "captions": []}
+                    told = [entry["captions"]] if isinstance(entry["captions"], str) else entry["captions"]
+                    captions[entry["file"]] = [str(c) for c in told]
+                    continue
+                raise ValueError(f'line {number} is not like {{"file": "1.png", "captions": ["a boat"]}}')
+            return captions
         texts, stems = {}, {os.path.splitext(n)[0]: n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS}
         for name in names:
             if name.endswith(".txt") and name[:-4] in stems:
@@ -163,7 +170,8 @@ def find_captions(args, root, read, names):
         return texts or None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, zipfile.BadZipFile) as error:
         fail(f"{'--captions ' + args.captions if args.captions else 'captions of --root ' + args.root}: cannot be read "
-             f"as {'COCO captions' if args.source == 'coco' else 'captions'} ({type(error).__name__}: {error})")
+             f"as {'COCO captions' if args.source == 'coco' else 'captions'} ("
+             + ("no such file)" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error})"))
 
 
 def read_member(read, member):
@@ -420,7 +428,7 @@ def parse_args(argv=None):
     group.add_argument("--text-encoder", metavar="NAME", help="a sentence-transformers model, by name or folder, whose "
                        "embeddings of the captions are what the networks are told")
     group.add_argument("--size", type=int, default=64, help="side of the images made, pixels")
-    group.add_argument("--num", type=int, help="shapes: how many to draw (default 10000); else: at most so many images")
+    group.add_argument("--num", type=int, help="shapes: how many to draw (default 10000); else: the first so many")
     group.add_argument("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: 1 for the MNISTs, else 3)")
     group.add_argument("--crop", type=int, metavar="PIXELS",
                        help="side of the centred square kept, in pixels of the source (default: the largest)")
@@ -466,7 +474,7 @@ def main():
         except (OSError, ValueError) as error:
             fail(f"--out {out}: meta.json cannot be read ({error}): delete the folder or choose another --out")
         asked = source_options(args)
-        changed = [f"--{k} {there['source'].get(k)} there, {asked[k]} asked" for k in asked
+        changed = [f"--{k.replace('_', '-')} {there['source'].get(k)} there, {asked[k]} asked" for k in asked
                    if there["source"].get(k) != asked[k]]
         if changed:
             fail(f"--out {out} holds other data ({'; '.join(changed)}): delete it or choose another --out")

@@ -66,6 +66,7 @@ case $recipe in
                 train=(--batch-size 64 --epochs 200 --flip --save-every 500)
                 real=(--num-real 2048) ;;
     tests)      ;;
+    -h | --help) sed -n '/^# Prepare/,/^# interrupted/s/^# \{0,1\}//p' "$here/run_all.sh"; exit ;;
     *)          mistake "$recipe is not a recipe: $(sed -n 's/^    \([a-z0-9-]*\)).*/\1/p' "$here/run_all.sh" | xargs)" ;;
 esac
 data=${DATA:-data/${recipe%-*}} run=${RUN:-runs/$recipe}

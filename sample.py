@@ -54,11 +54,14 @@ def parse_args(argv=None):
     add("--text-file", metavar="FILE", help="the same, a caption a line")
     add("--data", metavar="DATA", help="without --text, whose captions are drawn (default: those of the training data)")
     add("--truncation", type=float, help="largest |z|, from a truncated normal: below 2, safer images that vary less")
-    add = parser.add_argument_group("pictures, beside the images").add_argument
-    add("--grid", nargs="?", type=int, const=64, help="grid.png of the first so many images (64 without a number)")
+    add = parser.add_argument_group("pictures, in RUN or in the folder of --out").add_argument
+    add("--grid", nargs="?", type=int, const=0, metavar="N", help="grid.png of the first N images (without N: 64, or "
+        "as many as --num); where captions are told, captions.png of 32 of them too")
     add("--interpolate", type=int, metavar="POINTS", help="interpolation.png and .webp: a spherical walk through so "
                                                           "many latents and back")
     args = parser.parse_args(argv)
+    if args.grid == 0:
+        args.grid = min(64, args.num or 64)
     for name, low, high in (("num", 0, 10 ** 8), ("seed", 0, 2 ** 63), ("grid", 1, 10 ** 4),
                             ("interpolate", 2, 10 ** 3)):
         value = getattr(args, name)
@@ -119,6 +122,8 @@ def find_conditions(args, saved, folder):
         except OSError as error:
             fail(f"--text-file {args.text_file}: {error.strerror}")
         args.text = texts = (args.text or []) + [line for line in lines.splitlines() if line.strip()]
+        if not all(text.strip() for text in texts):
+            fail("--text: an empty caption")
         encoded = encode_texts(texts, saved) if texts else fail(f"--text-file {args.text_file}: no captions in it")
         return lambda numbers: encoded[[i % len(texts) for i in numbers]], lambda i: {"caption": texts[i % len(texts)]}
     try:
@@ -164,10 +169,10 @@ def encode_texts(texts, saved):
 def write_captioned(path, notes, pixels, data):
     """A picture of images with what they were told below them, and beside each the real image of that caption."""
     real = np.load(Path(data, "images.npy"), mmap_mode="r") if all("row" in note for note in notes) else None
-    side, width, height = 96, 216, 150
-    page = Image.new("RGB", (4 * width, -(-len(notes) // 4) * height), "white")
+    side, width, height, columns = 96, 216, 150, min(4, len(notes))
+    page = Image.new("RGB", (columns * width, -(-len(notes) // columns) * height), "white")
     for i, (note, own) in enumerate(zip(notes, pixels)):
-        left, top = i % 4 * width + 8, i // 4 * height + 6
+        left, top = i % columns * width + 8, i // columns * height + 6
         for k, image in enumerate([own] if real is None else [own, real[note["row"]]]):
             large = Image.fromarray(image.squeeze()).resize((side, side), Image.Resampling.NEAREST)
             page.paste(large, (left + k * (side + 4), top))
@@ -266,6 +271,7 @@ def main():
 
     # beside images/, so that images/ holds nothing but PNGs
     record = out.with_name(out.name + ".json")
+    folder = out.parent
     request = {"num": args.num, "seed": args.seed, "labels": args.labels, "truncation": args.truncation,
                "text": args.text, "data": args.data,
                "generator": digest, "step": saved["step"]}
@@ -298,7 +304,8 @@ def main():
             if saved["model"]["condition"] in ("text", "vector"):
                 shown = range(min(args.grid, 32))
                 write_captioned(folder / "captions.png", [note(i) for i in shown], draw(shown), args.data)
-                print(f"{folder / 'captions.png'}: generated, real and caption")
+                print(f"{folder / 'captions.png'}: what was drawn for each caption"
+                      + (", and the real image beside it" if "row" in note(0) else ""))
         if args.interpolate:
             write_walk(args, folder, generator, told, device)
     except OSError as error:

@@ -85,8 +85,8 @@ def parse_args(argv=None):
     add("--width-d", type=int, help="the same of D alone (default: as --width)")
     add("--extra-convs", type=int, default=0, help="3×3 convolutions more at each resolution of G")
     add("--depth", type=int, help="doublings from the first feature map to the image (default: from 4 to 7 pixels on)")
-    add("--norm-d", choices=["batch", "none"], help="normalisation in D (default: none with wgan-gp and relativistic, "
-        "whose penalties take images one by one, else batch); resnet has none")
+    add("--norm-d", choices=["batch", "none"], help="normalisation in D (default: none with --r1, --r2 or --gp, "
+        "which take images one by one, else batch); resnet has none")
     add("--spectral-norm", action="store_true", help="spectral normalisation of D's weights")
     add("--attention", action="store_true", help="words attend to the places of G's middle feature map")
     add("--cond-augment", type=float, default=0.0, metavar="WEIGHT", help="G draws its condition from a normal "
@@ -151,7 +151,8 @@ def parse_args(argv=None):
     for name, default in LOSSES[args.loss][2].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    args.r1, args.r2, args.gp, args.norm_d = args.r1 or 0.0, args.r2 or 0.0, args.gp or 0.0, args.norm_d or "batch"
+    args.r1, args.r2, args.gp = args.r1 or 0.0, args.r2 or 0.0, args.gp or 0.0
+    args.norm_d = args.norm_d or ("none" if args.r1 or args.r2 or args.gp else "batch")
     positive = ("width", "width_d", "depth", "latent_dim", "batch_size", "epochs", "max_steps", "grad_accum",
                 "restarts", "max_skips", "log_every", "save_every", "grid_every", "d_steps", "d_interval", "fid_every",
                 "patience")
@@ -159,8 +160,8 @@ def parse_args(argv=None):
         "extra_convs": (0, 100), "seed": (0, 2 ** 63), "clip_grad": (1e-12, math.inf), "warmup": (0, 2 ** 31),
         "fid_num": (2, 2 ** 31)} | {
         name: (0, math.inf) for name in ("r1", "r2", "gp", "feature_matching", "cond_augment")} | {
-        name: (0, 1) for name in ("lr_g", "lr_d", "lr_final", "real_label", "fake_label", "mismatch_weight",
-                                  "jitter")} | {
+        name: (0, 1) for name in ("lr_g", "lr_d", "lr_final", "real_label", "fake_label", "jitter")} | {
+        "mismatch_weight": (0, 0.99)} | {
         name: (0, 0.999999) for name in ("beta1", "beta2", "ema")} | {"crop_shift": (0, 0.5)}
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
@@ -581,10 +582,10 @@ LOSSES = {
     "lsgan": (least_squares, lambda fake, real: 0.5 * (fake - 1).square().mean(), {}),
     # Gulrajani et al. 2017
     "wgan-gp": (lambda real, fake, args: fake.mean() - real.mean(), lambda fake, real: -fake.mean(),
-                {"gp": 10.0, "norm_d": "none"}),
+                {"gp": 10.0}),
     # pairs of real and fake: Jolicoeur-Martineau 2019; with R1 and R2: Huang et al. 2024
     "relativistic": (lambda real, fake, args: F.softplus(fake - real).mean(),
-                     lambda fake, real: F.softplus(real - fake).mean(), {"r1": 0.05, "r2": 0.05, "norm_d": "none"})}
+                     lambda fake, real: F.softplus(real - fake).mean(), {"r1": 0.05, "r2": 0.05})}
 
 
 def squared_gradient(logits, images):
@@ -1199,7 +1200,7 @@ def summary(t, seconds):
             f"{1000 * t.args.batch_size / ms.mean():.0f} images/s\n"
             f"last     {losses}\n"
             f"skipped  {last['skipped_g']} updates of G, {last['skipped_d']} of D (not finite)\n"
-            f"files    {t.out}/generator.pt, {t.out}/log.jsonl, {t.out}/grids/")
+            f"files    {t.out}/generator.pt, {f'{t.out}/best.pt, ' if t.best else ''}{t.out}/log.jsonl, {t.out}/grids/")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -1359,7 +1360,8 @@ def main():
             t.d.net.compile()
     if t.step >= t.total or patience_over(t):
         if rank == 0:
-            print(f"{t.out} is already trained: {t.step} steps of {t.total}")
+            print(f"{t.out} is already trained: {t.step} steps of {t.total}"
+                  + (f"; ended by --patience, the best is that of step {t.best['step']}" if patience_over(t) else ""))
     else:
         run(t, Signals(group), path)
     if world > 1:

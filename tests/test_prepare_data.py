@@ -292,7 +292,7 @@ def test_captions_from_a_file_inside_beside_or_text_beside_images(zoo, tmp_path)
     assert captions_of(tmp_path / "beside") == [lines[0]["captions"], ["a cat"]]
     (tmp_path / "captions.jsonl").write_text(text + "{not json")
     refused("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "bad", "--size", "8",
-            naming=["captions", "JSONDecodeError"])
+            naming=["captions", "line 4"])
     (tmp_path / "captions.jsonl").unlink()
     (tmp_path / "pictures" / "a" / "one.txt").write_text("first\n\nsecond one\n")
     (tmp_path / "pictures" / "a" / "two.txt").write_text("third")

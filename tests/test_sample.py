@@ -84,7 +84,7 @@ def test_captions_of_the_data(captioned, shapes, tmp_path):
     captions = [json.loads(line)["captions"] for line in open(shapes / "captions.jsonl")]
     assert sorted(note["row"] for note in notes[:256]) == list(range(256)), "each image's caption before any other of its"
     assert all(note["caption"] == captions[note["row"]][i // 256] for i, note in enumerate(notes))
-    assert Image.open(captioned / "captions.png").size == (864, 450)
+    assert Image.open(tmp_path / "captions.png").size == (864, 450) and not (captioned / "captions.png").exists()
     call("sample.py", "--run", captioned, "--num", "5", "--out", tmp_path / "b.npz", "--data", shapes)
     assert np.array_equal(np.load(tmp_path / "b.npz")["images"], np.load(tmp_path / "a.npz")["images"][:5])
     (tmp_path / "only").mkdir()
