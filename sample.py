@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from train import HelpFormatter, latents, load_generator, make_grid, to_pixels, whole_file, write_json
@@ -169,6 +169,8 @@ def encode_texts(texts, saved):
 def write_captioned(path, notes, pixels, data):
     """A picture of images with what they were told below them, and beside each the real image of that caption."""
     real = np.load(Path(data, "images.npy"), mmap_mode="r") if all("row" in note for note in notes) else None
+    import matplotlib  # for its font, which has more letters than Pillow's
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 10)
     side, width, height, columns = 96, 216, 150, min(4, len(notes))
     page = Image.new("RGB", (columns * width, -(-len(notes) // columns) * height), "white")
     for i, (note, own) in enumerate(zip(notes, pixels)):
@@ -176,8 +178,8 @@ def write_captioned(path, notes, pixels, data):
         for k, image in enumerate([own] if real is None else [own, real[note["row"]]]):
             large = Image.fromarray(image.squeeze()).resize((side, side), Image.Resampling.NEAREST)
             page.paste(large, (left + k * (side + 4), top))
-        text = "\n".join(textwrap.wrap("".join(c for c in note["caption"] if c.isprintable()), 34)[:3])
-        ImageDraw.Draw(page).text((left, top + side + 3), text, fill="black")
+        text = "\n".join(textwrap.wrap("".join(c for c in note["caption"] if c.isprintable()), 36)[:3])
+        ImageDraw.Draw(page).text((left, top + side + 3), text, fill="black", font=font)
     with whole_file(path) as file:
         page.save(file, "PNG")
 
