@@ -381,8 +381,7 @@ def attribute_rates(notes, fake, images, folder):
         channels = width
     model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.LazyLinear(sum(sides)))
     model(x[:2])
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    steps = 600
+    optimizer, steps = torch.optim.Adam(model.parameters()), 600
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for _ in range(steps):
         index = torch.randint(held, len(x), (64,))

@@ -9,7 +9,6 @@ nothing is done.
 """
 
 import argparse
-import contextlib
 import glob
 import hashlib
 import io
@@ -154,12 +153,14 @@ def find_captions(args, root, read, names):
                 lines = file.read().decode("utf-8", "replace").split("\n")
             captions = {}
             for number, line in enumerate(lines, 1):
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    entry = json.loads(line) if line.strip() else {"file": "", "captions": []}
+                if not line.strip():
+                    continue
+                try:
+                    entry = json.loads(line)
                     told = [entry["captions"]] if isinstance(entry["captions"], str) else entry["captions"]
                     captions[entry["file"]] = [str(c) for c in told]
-                    continue
-                raise ValueError(f'line {number} is not like {{"file": "1.png", "captions": ["a boat"]}}')
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f'line {number} is not like {{"file": "1.png", "captions": ["a boat"]}}') from None
             return captions
         texts, stems = {}, {os.path.splitext(n)[0]: n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS}
         for name in names:

@@ -300,12 +300,13 @@ def main():
             write_json(record, request)
             print(f"{out}: {args.num} images of step {saved['step']}")
         if args.grid:
+            pixels = draw(range(args.grid))
             with whole_file(folder / "grid.png") as file:
-                make_grid(draw(range(args.grid)), columns=min(math.ceil(math.sqrt(args.grid)), 32)).save(file, "PNG")
+                make_grid(pixels, columns=min(math.ceil(math.sqrt(args.grid)), 32)).save(file, "PNG")
             print(f"{folder / 'grid.png'}: the first {args.grid} images")
             if saved["model"]["condition"] in ("text", "vector"):
-                shown = range(min(args.grid, 32))
-                write_captioned(folder / "captions.png", [note(i) for i in shown], draw(shown), args.data)
+                pixels = pixels[:32]
+                write_captioned(folder / "captions.png", [note(i) for i in range(len(pixels))], pixels, args.data)
                 print(f"{folder / 'captions.png'}: what was drawn for each caption"
                       + (", and the real image beside it" if "row" in note(0) else ""))
         if args.interpolate:

@@ -401,7 +401,8 @@ class Discriminator(nn.Module):
         """How a part is initialised, where PyTorch's way will not do."""
 
     def forward(self, x, condition=None):
-        seen, h = math.ceil(self.level), self.stems[math.ceil(self.level)](x)
+        seen = math.ceil(self.level)
+        h = self.stems[seen](x)
         for i in range(self.starts[seen], len(self.stages) + 1):
             if self.level < seen and i == self.starts[seen - 1]:
                 smaller = F.avg_pool2d(x, 2 ** (self.starts[seen - 1] - self.starts[seen]))
