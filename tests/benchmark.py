@@ -8,7 +8,9 @@ Each row times A and B in turn, A B A B …, and gives the median of the ratios 
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,7 @@ import evaluate  # noqa: E402
 import train  # noqa: E402
 
 DCGAN = ("--width", "64", "--batch-size", "64")  # the published network at 64×64
-WARM, STEPS = 4, 12  # steps before and in a timing
+WARM, STEPS = 4, 20  # steps before and in a timing
 
 
 def call(*command, **environment):
@@ -49,12 +52,17 @@ def script(name, *options, **environment):
 
 
 def rate_of_run(folder, data, *options, launch=(), **environment):
-    """Images a second of train.py by its own log, without the first steps; data, logging, EMA and saving included."""
+    """Images a second of train.py by the clock of its own log, without the first steps; all but saving included."""
     call(sys.executable, *launch, ROOT / "train.py", "--data", data, "--out", folder / "run", "--resume", "never",
          "--log-every", WARM, "--save-every", WARM + STEPS, "--max-steps", WARM + STEPS, *options, **environment)
     lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    ms = [line["ms_per_step"] for line in lines if line["step"] > WARM]
-    return 1000 * lines[0]["images"] / lines[0]["step"] / statistics.mean(ms)
+    return statistics.harmonic_mean([line["images_per_second"] for line in lines if line["step"] > WARM])
+
+
+def alone(function, *args):
+    """The same in a process of its own, as a script has."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def networks():
@@ -100,15 +108,17 @@ def tutorial(images):
                 return 64 * STEPS / (time.perf_counter() - start)
 
 
-def bare(amp):
-    """Images a second of the networks' passes and updates on one batch in memory, with nothing else."""
+def beside_bare(folder, data, amp):
+    """Rate of train.py over that of the networks' passes and updates on one batch in memory, with nothing else.
+
+    In one process, step by step in turn: what is asked of the data is answered after a bare step.
+    """
     G, D = (net.to(memory_format=torch.channels_last) for net in networks())
     g_opt, d_opt = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999), fused=True) for net in (G, D))
     real = torch.rand(64, 3, 64, 64).to(memory_format=torch.channels_last)
-    bce, start = nn.functional.binary_cross_entropy_with_logits, 0.0
-    for step in range(WARM + STEPS):
-        if step == WARM:
-            start = time.perf_counter()
+    bce = nn.functional.binary_cross_entropy_with_logits
+
+    def bare():
         with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
             fake = G(torch.randn(64, 100))
             loss = bce(D(real)[0], torch.ones(64)) + bce(D(fake.detach())[0], torch.zeros(64))
@@ -122,7 +132,26 @@ def bare(amp):
         D.requires_grad_(True)
         g_opt.step()
         g_opt.zero_grad()
-    return 64 * STEPS / (time.perf_counter() - start)
+
+    times, batches = [], train.batches
+
+    def in_turn(t, start, stop):
+        begin = time.perf_counter()
+        for batch in batches(t, start, stop):
+            asked = time.perf_counter()
+            bare()
+            end = time.perf_counter()
+            times.append((end - asked, asked - begin))
+            begin = end
+            yield batch
+
+    train.batches = in_turn
+    sys.argv = ["train.py", "--data", str(data), "--out", str(folder / "run"), "--resume", "never", "--amp", amp,
+                "--log-every", "5", "--max-steps", str(WARM + STEPS), *DCGAN]
+    with contextlib.redirect_stdout(None):
+        train.main()
+    bare_seconds, ours = np.array(times[WARM:]).sum(0)
+    return bare_seconds / ours
 
 
 def loader_seconds(images):
@@ -189,7 +218,7 @@ def rows(work, args):
     data = work / "data"
     call(sys.executable, ROOT / "prepare_data.py", "folder", "--root", photos.parent, "--size", "64", "--out", data)
     few, many = make_data(work / "few", 1_000, 32), make_data(work / "many", 1_000_000, 32)
-    small = ("--width", "16", "--batch-size", "64")
+    small = ("--width", "16", "--batch-size", "64", "--log-every", "50", "--max-steps", "400")
     bf16 = "bf16" if train.find_precision("auto", torch.device("cpu")) == "bf16" else "off"
 
     def prepare():
@@ -233,7 +262,7 @@ def rows(work, args):
 
     def sampling():
         rate_of_run(work, data, *DCGAN)
-        return pairs(lambda: sampling_floor(work / "run", 10_000), lambda: script(
+        return pairs(lambda: alone(sampling_floor, work / "run", 10_000), lambda: script(
             "sample.py", "--run", work / "run", "--num", "10000", "--out", work / f"s{time.time_ns()}"), r)
 
     def checkpoint_share():
@@ -248,26 +277,25 @@ def rows(work, args):
 
     return {
         "tutorial": ("dcgan 64×64 fp32 against the tutorial's loop, images/s", 1.25, lambda: pairs(
-            lambda: rate_of_run(work, data, *DCGAN, "--amp", "off"), lambda: tutorial(photos.parent), r)),
+            lambda: rate_of_run(work, data, *DCGAN, "--amp", "off"), lambda: alone(tutorial, photos.parent), r)),
         "amp": ("the same with --amp auto", 2, lambda: pairs(
-            lambda: rate_of_run(work, data, *DCGAN), lambda: tutorial(photos.parent), r)),
-        "bare": ("images/s against the bare step, fp32", 0.97, lambda: pairs(
-            lambda: rate_of_run(work, data, *DCGAN, "--amp", "off"), lambda: bare("off"), r)),
-        "bare-amp": ("the same with --amp auto", 0.97, lambda: pairs(
-            lambda: rate_of_run(work, data, *DCGAN), lambda: bare(bf16), r)),
+            lambda: rate_of_run(work, data, *DCGAN), lambda: alone(tutorial, photos.parent), r)),
+        "bare": ("images/s against the bare step, fp32", 0.97, lambda: [
+            alone(beside_bare, work, data, "off") for _ in range(r)]),
+        "bare-amp": ("the same with --amp auto", 0.97, lambda: [
+            alone(beside_bare, work, data, bf16) for _ in range(r)]),
         "size": ("1,000,000 images in DATA against 1,000, images/s", 0.97, lambda: pairs(
             lambda: rate_of_run(work, many, *small), lambda: rate_of_run(work, few, *small), r)),
         "memory": ("the same, memory of the process", 1, lambda: pairs(
             lambda: anonymous_memory(work, many), lambda: anonymous_memory(work, few), 1)),
         "log": ("--log-every 1 against 50, images/s", 0.95, lambda: pairs(
-            lambda: rate_of_run(work, few, *small, "--max-steps", "600", "--log-every", "1"),
-            lambda: rate_of_run(work, few, *small, "--max-steps", "600", "--log-every", "50"), r)),
+            lambda: rate_of_run(work, few, *small, "--log-every", "1"), lambda: rate_of_run(work, few, *small), r)),
         "processes": ("two processes of 1 thread against one of 2, images/s", 0.85, lambda: pairs(
             lambda: rate_of_run(work, data, *DCGAN, launch=("-m", "torch.distributed.run", "--standalone",
                                                             "--nproc_per_node=2"), OMP_NUM_THREADS="1"),
             lambda: rate_of_run(work, data, *DCGAN, OMP_NUM_THREADS="2"), r)),
         "prepare": ("ImageFolder and DataLoader against prepare_data.py on 3,000 JPEGs, seconds", 1.5, lambda: pairs(
-            lambda: loader_seconds(photos.parent), prepare, r)),
+            lambda: alone(loader_seconds, photos.parent), prepare, r)),
         "frechet": ("SciPy's sqrtm against the Fréchet distance, seconds", 5, distances),
         "sample": ("passes and encoding against sample.py, 10,000 PNGs, seconds", 0.8, sampling),
         "save": ("share of the time that saving takes at the default interval", 0.01, checkpoint_share),
