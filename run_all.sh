@@ -162,4 +162,5 @@ stage "${launch[@]}" "$here/train.py" --data "$data" --out "$run" "${train[@]}" 
 }
 stage "$python" "$here/sample.py" --run "$run" --num "$count" --grid --interpolate 8
 stage "$python" "$here/evaluate.py" --run "$run" ${real[@]+"${real[@]}"}
+stage "$python" "$here/evaluate.py" --compare "$(dirname "$run")"
 echo "$call" >"$run/done"

@@ -4,6 +4,7 @@
     python sample.py --run runs/digits --num 64 --labels "3,7" --grid
     python sample.py --run runs/shapes --text "a small red circle on a white background" --num 8 --grid
     python sample.py --run runs/shapes --num 0 --interpolate 8
+    python sample.py --film runs/shapes
 
 Image i depends on (seed, i) alone: a larger --num adds images and leaves the others as they were.
 """
@@ -26,10 +27,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from train import HelpFormatter, latents, load_generator, make_grid, to_pixels, whole_file, write_json
+from train import HelpFormatter, advise, latents, load_generator, make_grid, to_pixels, whole_file, write_json
 
 BLOCK = 64  # the network always sees so many at once: another batch size would round the last bits in another way
 FRAMES = 12  # of the animation, from one point of a walk to the next
+FILM = 200  # frames of a film at most
 
 
 def fail(message):
@@ -40,9 +42,9 @@ def fail(message):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (--help lists the options)")
+    parser.error = lambda message: fail(advise(parser, message))
     add = parser.add_argument_group("run").add_argument
-    add("--run", required=True, metavar="RUN", help="folder of a run, or a generator's file")
+    add("--run", metavar="RUN", help="folder of a run, or a generator's file")
     add("--out", metavar="PATH", help="folder of numbered PNGs, or a file ending in .npz (default: RUN/images)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add = parser.add_argument_group("images").add_argument
@@ -59,7 +61,10 @@ def parse_args(argv=None):
         "as many as --num); where captions are told, captions.png of 32 of them too")
     add("--interpolate", type=int, metavar="POINTS", help="interpolation.png and .webp: a spherical walk through so "
                                                           "many latents and back")
+    add("--film", metavar="RUN", help="film.webp in this run: its sample grids, from the first step to the last")
     args = parser.parse_args(argv)
+    if not args.run and not args.film:
+        fail("--run is missing: the folder of a run")
     if args.grid == 0:
         args.grid = min(64, args.num or 64)
     for name, low, high in (("num", 0, 10 ** 8), ("seed", 0, 2 ** 63), ("grid", 1, 10 ** 4),
@@ -233,10 +238,30 @@ def write_walk(args, folder, generator, told, device):
     scale = max(1, 256 // pixels.shape[1])
     frames = [Image.fromarray(p.squeeze()).resize((p.shape[1] * scale, p.shape[0] * scale), Image.Resampling.NEAREST)
               for p in pixels]
-    with whole_file(folder / "interpolation.webp") as file:
-        frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=1000 // FRAMES, loop=0,
-                       quality=90)
+    write_animation(folder / "interpolation.webp", frames, 1000 // FRAMES)
     print(f"{folder / 'interpolation.png'}, {folder / 'interpolation.webp'}: {args.interpolate} latents and between")
+
+
+def write_animation(path, frames, duration):
+    """Pillow images as an animated WebP that repeats; duration: ms, of all or of each."""
+    with whole_file(path) as file:
+        frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=duration, loop=0, quality=90)
+
+
+def write_film(run):
+    """RUN/film.webp of the grids that train.py drew of the same latents all along, each with its step below."""
+    files = sorted((run / "grids").glob("step_*.png"))
+    if len(files) < 2:
+        fail(f"--film {run}: {len(files)} grids in {run / 'grids'}, where train.py leaves one every --grid-every steps")
+    files = [files[round(i)] for i in np.linspace(0, len(files) - 1, min(len(files), FILM))]
+    frames = []
+    for path in files:
+        grid = Image.open(path).convert("RGB")
+        frames.append(Image.new("RGB", (grid.width, grid.height + 14), "white"))
+        frames[-1].paste(grid)
+        ImageDraw.Draw(frames[-1]).text((4, grid.height + 1), f"step {int(path.stem[5:])}", fill="black")
+    write_animation(run / "film.webp", frames, [max(40, 8000 // len(frames))] * (len(frames) - 1) + [2000])
+    print(f"{run / 'film.webp'}: {len(frames)} grids")
 
 
 def get_latents(args, generator, numbers):
@@ -247,6 +272,13 @@ def get_latents(args, generator, numbers):
 def main():
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
+    if args.film:
+        try:
+            write_film(Path(args.film))
+        except OSError as error:
+            sys.exit(f"sample.py: {error.strerror or error}: {error.filename or args.film}")
+    if not args.run:
+        return
     path = Path(args.run)
     path = path / "generator.pt" if path.is_dir() else path
     folder = path.parent

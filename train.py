@@ -11,19 +11,23 @@ SIGINT, SIGTERM and SIGUSR1 finish the step, save and exit with 75; the same com
 import argparse
 import contextlib
 import copy
+import difflib
 import errno
 import fcntl
+import importlib.util
 import io
 import json
 import math
 import os
 import pickle
 import platform
+import re
 import signal
 import socket
 import sys
 import time
 import traceback
+import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +47,7 @@ STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "g
          "clipped_d")
 # options that a resumed run may change: where, how long and how it is watched (a cosine then ends with the new length)
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device", "compile",
-        "max_skips", "fid_every", "fid_num", "patience"}
+        "max_skips", "fid_every", "fid_num", "patience", "tracker"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -64,9 +68,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
+def advise(parser, message):
+    """argparse's message, with the option that a mistyped one may have been meant for."""
+    mistyped = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+    near = difflib.get_close_matches(mistyped[1], parser._option_string_actions, 1) if mistyped else []
+    return f"{message} ({f'did you mean {near[0]}?' if near else '--help lists the options'})"
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (--help lists the options)")
+    parser.error = lambda message: fail(advise(parser, message))
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="DATA", help="folder made by prepare_data.py")
     add("--out", required=True, metavar="RUN", help="folder of this run")
@@ -145,6 +156,8 @@ def parse_args(argv=None):
         "lowest's")
     add("--fid-num", type=int, default=2048, help="generated and real images of that FID, each")
     add("--patience", type=int, metavar="N", help="end after N of these FIDs without a better one")
+    add("--tracker", action="append", default=[], choices=["tensorboard", "wandb"], help="also log to this; may be "
+        "given twice")
     add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there is one; "
         "never: start over and replace what RUN holds; or a checkpoint's path")
     args = parser.parse_args(argv)
@@ -175,6 +188,9 @@ def parse_args(argv=None):
         fail("--patience counts FIDs: name --fid-every too")
     if args.arch == "resnet" and args.spectral_norm:
         fail("--spectral-norm: resnet's blocks start at 0, which has no norm to divide by; use --r1 or another --arch")
+    for name in args.tracker:
+        if importlib.util.find_spec(name) is None:
+            fail(f"--tracker {name} needs a package: pip install {name}")
     if args.grow and args.compile:
         fail("--grow changes the networks while they train, which --compile cannot follow: leave one of them out")
     return args
@@ -1077,6 +1093,7 @@ def track_fid(t, group):
             file.write(json.dumps(line) + "\n")
         tqdm.write(f"step {t.step}  FID {fid[0]:.2f} ({n} generated, {n} real; {line['seconds']} s)"
                    + ("  the best so far" if better else ""))
+        track(t, {"fid": fid[0]})
         if better:
             save_generator(t, "best.pt")
 
@@ -1144,13 +1161,16 @@ def log_interval(t, times):
     if t.rank == 0:
         with open(t.out / "log.jsonl", "a") as file:
             file.write(json.dumps(t.last, allow_nan=False) + "\n")
-        shown = {k: f"{t.last[k]:.3f}" if t.last[k] is not None else "none" for k in STATS[:4]}
         diagnose(t)
-        t.bar.set_postfix(shown)
+        track(t, t.last)
+        shown = [f"{t.last[k]:.3f}" if t.last[k] is not None else "none" for k in STATS[:4]]
+        t.bar.set_description(f"epoch {t.last['epoch']:.1f}", refresh=False)
+        t.bar.set_postfix_str("G {} D {} right {}/{}".format(*shown), refresh=False)
         if t.bar.disable:
+            left = (t.total - t.step) * t.args.batch_size / t.last["images_per_second"]
             print(f"step {t.step}/{t.total}  epoch {t.last['epoch']:.2f}  "
-                  + "  ".join(f"{k} {v}" for k, v in shown.items())
-                  + f"  {t.last['images_per_second']:.0f} images/s", flush=True)
+                  + "  ".join(f"{k} {v}" for k, v in zip(STATS, shown))
+                  + f"  {t.last['images_per_second']:.0f} images/s  {tqdm.format_interval(left)} left", flush=True)
     if max(skips[2]) >= t.args.max_skips:
         name, rate = ("G", "--lr-g") if skips[2][0] >= skips[2][1] else ("D", "--lr-d")
         raise Diverged(f"{int(max(skips[2]))} updates of {name} in a row were not finite at step {t.step}: try a "
@@ -1162,6 +1182,45 @@ class Diverged(Exception):
     """Too many non-finite updates in a row."""
 
 
+def open_trackers(t):
+    """The writers of --tracker; a resumed run goes on in the same ones."""
+    if "tensorboard" in t.args.tracker:
+        from torch.utils.tensorboard import SummaryWriter
+        t.tensorboard = SummaryWriter(t.out / "tensorboard", purge_step=t.step + 1)  # what is trained again is replaced
+        t.tensorboard.add_text("config", "    " + json.dumps(describe(t), indent=1).replace("\n", "\n    "), t.step)
+    if "wandb" in t.args.tracker:
+        import wandb
+        t.wandb = wandb.init(project="gan", name=t.out.resolve().name, id=t.run_id, resume="allow", dir=t.out,
+                             config=describe(t))
+
+
+def track(t, values, picture=None):
+    """Send numbers, and a Pillow image of samples, to the trackers."""
+    numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+    if t.tensorboard:
+        for name, value in numbers.items():
+            t.tensorboard.add_scalar(name, value, t.step)
+        if picture:
+            t.tensorboard.add_image("grid", np.asarray(picture.convert("RGB")), t.step, dataformats="HWC")
+    if t.wandb:
+        import wandb  # its own step would refuse what a resumed run repeats
+        t.wandb.log(numbers | {"step": t.step} | ({"grid": wandb.Image(picture)} if picture else {}))
+
+
+def close_trackers(t, finished):
+    final = {f"final/{k}": v for k, v in (t.last or {}).items() if finished and isinstance(v, (int, float))}
+    if t.best and finished:
+        final["final/fid"] = t.best["fid"]
+    if t.tensorboard:
+        if final:
+            options = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(t.args).items()}
+            t.tensorboard.add_hparams(options, final, run_name=".")
+        t.tensorboard.close()
+    if t.wandb:
+        t.wandb.summary.update(final)
+        t.wandb.finish()
+
+
 def write_grid(t):
     """RUN/grids/step_*.png of the same latents and conditions all along, from the averaged generator."""
     if t.rank == 0:
@@ -1170,6 +1229,7 @@ def write_grid(t):
         for name in (f"step_{t.step:07d}.png", "latest.png"):
             with whole_file(t.out / "grids" / name) as file:
                 make_grid(pixels).save(file, "PNG")
+        track(t, {}, make_grid(pixels))
 
 
 def to_pixels(images):
@@ -1248,6 +1308,8 @@ def find_precision(name, device):
 def set_up(args, images, conditions, meta, device, rank, world):
     """Everything that training holds, in one namespace: options, data, networks, optimisers, counters."""
     size, labels = meta["size"], conditions if args.condition == "label" else None
+    defaults = vars(parse_args(["--data", "", "--out", ""]))
+    changed = {k: v for k, v in vars(args).items() if v != defaults[k]}
     args.depth = args.depth or default_depth(size)
     if size % 2 ** args.depth or not 2 <= size >> args.depth <= 15:
         fail(f"--data {args.data}: {size} pixels halved {args.depth} times (--depth) do not end at 2 to 15 pixels; "
@@ -1301,7 +1363,7 @@ def set_up(args, images, conditions, meta, device, rank, world):
         zero=torch.zeros((), device=device), grid_z=latents(args.seed, range(GRID), G.noise_dim).to(device),
         grid_rows=rows[:: max(1, len(rows) // GRID)][:GRID],  # whose conditions the grid shows
         class_counts=None if labels is None else np.bincount(labels, minlength=known).tolist(),
-        ms=[], last=None, begun=0, recent=[], warned={}, best=None)
+        changed=changed, tensorboard=None, wandb=None, ms=[], last=None, begun=0, recent=[], warned={}, best=None)
     t.grid_condition = condition_of(t, conditions, np.resize(t.grid_rows, GRID), np.zeros(GRID))
     return t
 
@@ -1322,7 +1384,8 @@ def find_sizes(args, size):
 def describe(t):
     """What config.json holds: options as resolved, versions, hardware, the data's fingerprint."""
     device = torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else platform.processor() or "cpu"
-    return {"options": vars(t.args), "amp": t.amp, "model": t.model, "processes": t.world,
+    return {"run_id": t.run_id, "options": vars(t.args), "changed": t.changed, "amp": t.amp,
+            "model": t.model, "processes": t.world,
             "parameters": {"G": sum(p.numel() for p in t.g.params), "D": sum(p.numel() for p in t.d.params)},
             "data": {k: t.meta[k] for k in ("name", "count", "size", "channels", "fingerprint")},
             "steps": t.total, "steps_per_epoch": t.steps_per_epoch,
@@ -1388,6 +1451,11 @@ def begin(t, path):
             old.unlink(missing_ok=True)
     for name in ("log.jsonl", "fid.jsonl"):
         trim_log(t.out / name, t.step)
+    t.run_id = uuid.uuid4().hex
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            t.run_id = json.loads((t.out / "config.json").read_text())["run_id"]
+    open_trackers(t)
     write_json(t.out / "config.json", describe(t))
     with whole_file(t.out / "grids" / "real.png") as file:
         make_grid(t.images[t.grid_rows]).save(file, "PNG")
@@ -1402,7 +1470,9 @@ def begin(t, path):
 def run(t, signals, path):
     """Train, and leave RUN/ in a state that says how it ended."""
     start = time.perf_counter()
-    t.bar = tqdm(total=t.total, initial=t.step, unit="step", disable=None if t.rank == 0 else True)
+    t.bar = tqdm(total=t.total, initial=t.step, unit="img", unit_scale=t.args.batch_size, mininterval=1,
+                 disable=None if t.rank == 0 else True,
+                 bar_format="{desc} {percentage:3.0f}% |{bar:10}| {rate_noinv_fmt}, {remaining} left{postfix}")
     try:
         if t.rank == 0:
             begin(t, path)
@@ -1416,9 +1486,14 @@ def run(t, signals, path):
                 write_status(t, "failed", error=str(error))
             fail(f"{error.strerror}: {error.filename or t.out}; the last checkpoint is whole", 1)
         fail_run(t, error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            fail(f"out of memory at step {t.step}: try --grad-accum {2 * t.args.grad_accum} (the same batch in smaller "
+                 f"parts), --batch-size {max(t.args.batch_size // 2, 1)}, a smaller --width"
+                 + (", --amp bf16" if t.amp == "off" else "") + ", in another --out or with --resume never", 1)
         raise
     finally:
         t.bar.close()
+        close_trackers(t, t.step >= t.total)
     if number and t.step < t.total:
         write_status(t, "interrupted", signal=signal.Signals(number).name)
         if t.world > 1:
