@@ -45,6 +45,7 @@ from tqdm import tqdm
 BATCH = 32  # images a pass of Inception
 KEPT = 10_000  # real images whose features are kept for KID
 NEIGHBOURS = 3  # of precision, recall, density and coverage
+TEXTS, TEXTS_SHOWN = 500, 20  # scored by BLEU, which takes each against all references; shown in the report
 GALLERY = 6  # pictures of a kind in the report
 KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}  # pytorch-fid's
@@ -340,8 +341,8 @@ def matching(notes, fake, real, network, images, device):
     """How generated images fit the real ones whose captions they were made for, in Inception's features.
 
     Returns the measures, and (image, cosine) of each image that was compared, the worst first. notes: for each image
-    its caption and the row of that real image; fake (n, 2048), in this order; real: as real_statistics returns it, whose
-    features are used where the row is among them.
+    its caption and the row of that real image; fake (n, 2048), in this order; real: as real_statistics returns it, its
+    features used where the row is among them.
     """
     rows, first = np.unique([note["row"] for note in notes], return_index=True)  # a row's first image speaks for it
     fake, numbers = fake[first], first
@@ -458,6 +459,84 @@ def pixels_of(images):
         return images
     pixels = np.stack([np.asarray(Image.open(path)) for path in images])
     return pixels if pixels.ndim == 4 else pixels[..., None]
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+def bleu(texts, references_of, orders=(2, 3, 4, 5)):
+    """Mean BLEU-n of token lists, as Texygen has it (Zhu et al. 2018), by nltk: {n: value}.
+
+    references_of: a function of a text's number to the token lists that it is held against.
+    """
+    try:
+        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    except ImportError:
+        fail("BLEU needs a package: pip install nltk")
+    weights, smooth = [[1 / n] * n for n in orders], SmoothingFunction().method1
+    scores = [sentence_bleu(references_of(i), text, weights, smooth) for i, text in enumerate(texts)]
+    return dict(zip(orders, np.mean(scores, 0).tolist()))
+
+
+def oracle_nll(path, tokens):
+    """Mean negative log-likelihood a token of texts (n, L) under the oracle that prepare_data.py drew the data from."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    hidden = saved["cell.weight_hh"].shape[1]
+    cell = torch.nn.LSTMCell(hidden, hidden)
+    cell.load_state_dict({k[5:]: v for k, v in saved.items() if k.startswith("cell.")})
+    tokens, state, total = torch.from_numpy(tokens).long(), None, 0.0
+    with torch.inference_mode():
+        for before, token in zip(F.pad(tokens[:, :-1], (1, 0)).unbind(1), tokens.unbind(1)):
+            state = cell(saved["embed.weight"][before], state)
+            total += F.cross_entropy(F.linear(state[0], saved["logits.weight"], saved["logits.bias"]), token - 1).item()
+    return total / tokens.shape[1]
+
+
+def evaluate_texts(args, run, config):
+    """The figures of RUN/texts.txt: BLEU, self-BLEU, distinct-n, novelty, likelihoods; and texts for the report."""
+    data = Path(args.data or config["options"]["data"])
+    try:
+        meta = json.loads((data / "meta.json").read_text())
+        real, held_out = (np.load(data / f"{name}.npy") for name in ("tokens", "held_out"))
+        lines = (run / "texts.txt").read_text(encoding="utf-8").splitlines()
+        record = json.loads((run / "texts.json").read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{run}: {error}; python sample.py --run {run} --num 2048")
+    vocabulary, separator = meta["vocabulary"], " " if meta["level"] == "word" else ""
+    known, references = ([[vocabulary[i] for i in row if i] for row in ids.tolist()]
+                         for ids in (real, held_out[:TEXTS]))
+    texts = [line.split() if separator else list(line) for line in lines]
+    texts = [text for text in texts if text]
+    if len(texts) < 2:
+        fail(f"{run / 'texts.txt'}: {len(texts)} texts that are not empty; it takes 2 or more")
+    scored, metrics = texts[:TEXTS], {"warnings": []}
+
+    def put(name, value, n_real, protocol, n=len(texts)):
+        metrics[name] = {"value": value, "n_generated": n, "n_real": n_real, "protocol": protocol}
+    for n, value in bleu(scored, lambda i: references).items():
+        put(f"bleu_{n}", value, len(references), "nltk, smoothing method1, against held-out texts", len(scored))
+    for n, value in bleu(scored, lambda i: scored[:i] + scored[i + 1:]).items():
+        put(f"self_bleu_{n}", value, None, "each against the other generated texts", len(scored))
+    for n in (1, 2):
+        grams = [tuple(text[i:i + n]) for text in texts for i in range(len(text) - n + 1)]
+        put(f"distinct_{n}", len(set(grams)) / max(len(grams), 1), None, f"different {n}-grams of all")
+    seen = {separator.join(text) for text in known}
+    put("novelty", float(np.mean([separator.join(text) not in seen for text in texts])), len(known),
+        "texts that training has not seen")
+    put("different", len({separator.join(text) for text in texts}) / len(texts), None, "different texts of all")
+    if "nll" in record:
+        put("nll", record["nll"], record["nll_texts"], "the generator's own, nats a token of held-out texts", None)
+    if (data / "oracle.pt").exists():
+        index = {token: i for i, token in enumerate(vocabulary)}
+        full = [[index[token] for token in text] for text in texts if len(text) == meta["length"]]
+        metrics["warnings"] += [f"{len(texts) - len(full)} texts have not the oracle's length and are left out of "
+                                "NLL_oracle"] * (len(full) < len(texts))
+        if full:
+            put("nll_oracle", oracle_nll(data / "oracle.pt", np.array(full)), None, "the oracle's, nats a token of "
+                "generated texts; lower where they vary less", len(full))
+        put("nll_oracle_real", oracle_nll(data / "oracle.pt", held_out), len(held_out), "the same of real ones", None)
+    metrics["samples"] = record
+    return metrics, [(heading, [separator.join(text) for text in part[:TEXTS_SHOWN]])
+                     for heading, part in (("Generated texts", texts), ("Real texts", references))]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -587,36 +666,42 @@ def metric_rows(metrics):
         if isinstance(m, dict) and "protocol" in m:
             digits = 5 if key == "kid" else 2 if key in ("fid", "floor", "clip", "inception_score") else 3
             value = f"{m['value']:.{digits}f}" + (f" ± {m['std']:.{digits}f}" if "std" in m else "")
-            rows.append((names.get(key, key), value, m.get("n_generated", "–"), m["n_real"], m["protocol"]))
+            rows.append((names.get(key, key), value, m.get("n_generated") or "–", m["n_real"] or "–", m["protocol"]))
     return rows
 
 
 def write_report(run, metrics, config, galleries=()):
-    """RUN/report.html: figures, pictures, curves and options on one page that needs no other file."""
+    """RUN/report.html: figures, pictures, curves and options on one page that needs no other file.
+
+    galleries: (heading, items), an item a text, or a picture (H, W, C) and its text.
+    """
     log = read_log(run / "log.jsonl") + read_log(run / "fid.jsonl")
     grids = sorted((run / "grids").glob("step_*.png"))
     hardware, data = config.get("hardware", {}), config.get("data", {})
     status = read_status(run)
     parts = [f"<h1>{html.escape(run.resolve().name)}</h1>",
              "<p>" + html.escape(
-                 f"{data.get('name')}, {data.get('count')} images of {data.get('size')}×{data.get('size')}; "
+                 f"{data.get('name')}, {data.get('count')} " + (
+                     f"texts of {data['length']} tokens; " if data.get("length") else
+                     f"images of {data.get('size')}×{data.get('size')}; ") +
                  f"{status['step']} of {config.get('steps')} steps in {duration(training_seconds(log))} on "
                  f"{config.get('processes')} × {hardware.get('name')}, {hardware.get('cores')} cores "
                  f"({hardware.get('platform')}), {config.get('amp')}.") + "</p>"]
     parts += [f'<p class="warn">While it trained: {html.escape(w)}</p>' for w in status["warnings"]]
     parts += [f'<p class="warn">{html.escape(w)}</p>' for w in metrics["warnings"]]
-    parts += ["<h2>Measures</h2>", table(metric_rows(metrics)), "<h2>Generated beside real</h2><div class=side>"]
-    for name, path in (("generated", grids[-1] if grids else None), ("real", run / "grids" / "real.png")):
-        if path is not None and path.exists():
-            parts.append(f"<figure>{embed(path.read_bytes(), name=name)}<figcaption>{name}</figcaption></figure>")
-    parts.append("</div>")
+    parts += ["<h2>Measures</h2>", table(metric_rows(metrics))]
+    if grids:
+        parts += ["<h2>Generated beside real</h2><div class=side>"] + [
+            f"<figure>{embed(path.read_bytes(), name=name)}<figcaption>{name}</figcaption></figure>"
+            for name, path in (("generated", grids[-1]), ("real", run / "grids" / "real.png"))] + ["</div>"]
     if (run / "captions.png").exists():
         picture = embed((run / "captions.png").read_bytes(), name="captions", style="plot")
         parts.append(f"<h2>Generated, real, and the caption of both</h2><figure>{picture}</figure>")
-    for heading, pictures in galleries:
+    for heading, items in galleries:
         parts += [f"<h2>{html.escape(heading)}</h2><div class=gallery>"] + [
-            f"<figure>{embed(png(pixels), name=text)}<figcaption>{html.escape(text)}</figcaption></figure>"
-            for pixels, text in pictures] + ["</div>"]
+            f"<p>{html.escape(item)}</p>" if isinstance(item, str) else
+            f"<figure>{embed(png(item[0]), name=item[1])}<figcaption>{html.escape(item[1])}</figcaption></figure>"
+            for item in items] + ["</div>"]
     walk = run / "interpolation.webp"
     if walk.exists():
         picture = embed(walk.read_bytes(), "webp", "walk between latents")
@@ -679,7 +764,8 @@ def compare(paths, out):
         rows.append({
             "run": str(run), "date": status["time"][:10], "state": status["state"],
             "differs from most": ", ".join(
-                f"{option(k)} {o[k]}" for k in usual if k in o and json.dumps(o[k]) != usual[k]), "batch": o["batch_size"],
+                f"{option(k)} {o[k]}" for k in usual if k in o and json.dumps(o[k]) != usual[k]),
+            "batch": o["batch_size"],
             "lr G / D": f"{o['lr_g']:g} / {o['lr_d']:g}", "latent": o["latent_dim"],
             "epochs": number(last.get("epoch"), 1), "loss G / D": f"{number(last.get('loss_g'))} / "
             f"{number(last.get('loss_d'))}", "FID (generated / real)": measure("fid", 2), "KID": measure("kid", 5),
@@ -749,20 +835,9 @@ def parse_args(argv=None):
     return args
 
 
-def main():
-    args = parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
-    if args.compare:
-        first = Path(args.compare[0])
-        out = args.out or (first.parent if (first / "config.json").exists() else first) / "comparison"
-        try:
-            return compare(args.compare, out)
-        except OSError as error:
-            sys.exit(f"evaluate.py: {error.strerror}: {error.filename}")
-    start = time.perf_counter()
-    run, config = Path(args.run) if args.run else None, {}
+def evaluate_images(args, run, config):
+    """FID and what comes of the same pass: (metrics, galleries of the report, see write_report)."""
     if run:
-        config = read_json(run / "config.json")
         args.data = args.data or config["options"]["data"]
         args.images = args.images or (run / "images" if (run / "images").is_dir() else run / "images.npz")
         if not Path(args.images).exists():
@@ -799,7 +874,7 @@ def main():
     protocol = f"pytorch-fid's Inception ({weights.name}), 299×299 bilinear; real: {args.reference or args.data}"
     metrics = {"fid": {"value": frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"]),
                        "n_generated": n_fake, "n_real": n_real, "protocol": protocol}, "warnings": []}
-    galleries = []  # of the report: (heading, [(picture (H, W, C), text)])
+    galleries = []
     if "features" in fake and "features" in real:
         size = max(2, min(KID_SIZE, n_fake // 2, len(real["features"]) // 2))  # or all subsets would be alike
         mean, std = kernel_distance(fake["features"], real["features"], size=size)
@@ -842,17 +917,35 @@ def main():
                                        "data, and how well they match is not measured")
         if args.clip:
             metrics |= clip_score(clip, args.clip, notes, pixels_of(generated))
-    if run and read_status(run)["state"] in ("interrupted", "failed"):
-        status = read_status(run)
-        metrics["warnings"].append(f"training stopped at step {status['step']} of {config['steps']} ({status['state']}"
-                                   f"): the same train.py command goes on")
     small = [str(n) for n in (n_fake, n_real) if n is not None and n < 2048]
     if small:
         metrics["warnings"].append(f"FID from {' and '.join(small)} images: under 2048 the covariance is singular and "
                                    f"the figure too high; compare it with figures of the same n alone")
+    with contextlib.suppress(OSError, ValueError):
+        metrics["samples"] = json.loads(Path(f"{args.images}.json").read_text())
+    return metrics, galleries
+
+
+def main():
+    args = parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
+    if args.compare:
+        first = Path(args.compare[0])
+        out = args.out or (first.parent if (first / "config.json").exists() else first) / "comparison"
+        try:
+            return compare(args.compare, out)
+        except OSError as error:
+            sys.exit(f"evaluate.py: {error.strerror}: {error.filename}")
+    start = time.perf_counter()
+    run, config = Path(args.run) if args.run else None, {}
     if run:
-        with contextlib.suppress(OSError, ValueError):
-            metrics["samples"] = json.loads(Path(f"{args.images}.json").read_text())
+        config = read_json(run / "config.json")
+    texts = run and config["model"]["arch"] == "seq"
+    metrics, galleries = (evaluate_texts if texts else evaluate_images)(args, run, config)
+    if run and read_status(run)["state"] in ("interrupted", "failed"):
+        status = read_status(run)
+        metrics["warnings"].append(f"training stopped at step {status['step']} of {config['steps']} ({status['state']}"
+                                   f"): the same train.py command goes on")
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     target = Path(args.out) if args.out else run / "metrics.json" if run else None
     try:
@@ -870,7 +963,8 @@ def main():
     for warning in metrics["warnings"]:
         print(f"note: {warning}")
     if run:
-        print(f"report: {run / 'report.html'}   figures: {target}   images: {args.images}")
+        print(f"report: {run / 'report.html'}   figures: {target}   {'texts' if texts else 'images'}: "
+              f"{run / 'texts.txt' if texts else args.images}")
 
 
 if __name__ == "__main__":

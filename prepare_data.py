@@ -4,8 +4,10 @@
     python prepare_data.py mnist  --out data/mnist  --size 28
     python prepare_data.py folder --out data/faces  --size 64 --root faces.zip
 
-DATA/images.npy is (N, H, W, C) uint8. DATA appears whole or not at all; called again with the same options,
-nothing is done.
+    python prepare_data.py text --out data/captions --root data/shapes/captions.jsonl
+
+DATA/images.npy is (N, H, W, C) uint8; of texts, DATA/tokens.npy (N, L) int32. DATA appears whole or not at all; called
+again with the same options, nothing is done.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -380,6 +383,89 @@ def write_arrays(results, total, folder, args, text_encoder):
     return meta
 
 
+# ---- texts without images --------------------------------------------------------------------------------------------
+
+ORACLE = {"vocabulary": 5000, "length": 20, "hidden": 32}  # Yu et al. 2017
+
+
+def read_texts(args):
+    """The texts of --root, one a line or, in .jsonl, a caption each."""
+    root = Path(args.root)
+    files = sorted(f for f in root.rglob("*") if f.suffix in (".txt", ".jsonl")) if root.is_dir() else [root]
+    texts = []
+    for file in files or fail(f"--root {root}: no .txt or .jsonl in it"):
+        try:
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            texts += [c for line in lines for c in json.loads(line)["captions"]] if file.suffix == ".jsonl" else lines
+        except OSError as error:
+            fail(f"--root {file}: {error.strerror}")
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"--root {file}: not lines like {{\"captions\": [\"a text\"]}} ({type(error).__name__}: {error})")
+    texts = ("".join(c for c in text if c.isprintable()).strip() for text in texts[:args.num])
+    return [text for text in texts if text]
+
+
+def write_texts(args, folder):
+    """tokens.npy and, of a tenth of the different texts that training never sees, held_out.npy; returns meta.
+
+    Ids: 0 padding, 1 <unk>, then the tokens by how often they occur.
+    """
+    split = [tuple(words_of(text) if args.level == "word" else text) for text in read_texts(args)]
+    split = [text for text in split if text]
+    different = sorted(set(split))
+    if len(different) < 20:
+        fail(f"--root {args.root}: {len(different)} different texts; it takes 20 or more")
+    length = args.length or min(max(map(len, split)), MAX_WORDS if args.level == "word" else 4 * MAX_WORDS)
+    kept = {text[:length] for text in different}
+    held = set(random.Random(args.seed).sample(sorted(kept), max(1, len(kept) // 10)))
+    counts = Counter(token for text in split for token in text)
+    vocabulary = ["", "<unk>"] + [token for token, _ in counts.most_common(MAX_VOCABULARY - 2)]
+    index = {token: i for i, token in enumerate(vocabulary)}
+
+    def to_ids(texts):
+        ids = np.zeros((len(texts), length), np.int32)
+        for row, text in zip(ids, texts):
+            row[:len(text)] = [index.get(token, 1) for token in text]
+        return ids
+    texts = [text[:length] for text in split]
+    return save_texts(args, folder, to_ids([text for text in texts if text not in held]), to_ids(sorted(held)),
+                      vocabulary, sum(len(text) > length for text in split))
+
+
+def write_oracle(args, folder):
+    """Texts drawn from a random LSTM with weights N(0, 1), which is kept in oracle.pt."""
+    import torch
+    torch.manual_seed(args.seed)
+    n, length, hidden = ORACLE["vocabulary"], args.length or ORACLE["length"], ORACLE["hidden"]
+    oracle = torch.nn.ModuleDict({"embed": torch.nn.Embedding(n + 1, hidden), "cell": torch.nn.LSTMCell(hidden, hidden),
+                                  "logits": torch.nn.Linear(hidden, n)})
+    for parameter in oracle.parameters():
+        torch.nn.init.normal_(parameter)
+    count, drawn = args.num or 10_000, []
+    with torch.inference_mode():
+        token, state = torch.zeros(2 * count, dtype=torch.int64), None  # 0 begins a text
+        for _ in range(length):
+            state = oracle["cell"](oracle["embed"](token), state)
+            token = 1 + torch.multinomial(oracle["logits"](state[0]).softmax(1), 1).squeeze(1)
+            drawn.append(token)
+    ids = torch.stack(drawn, 1).numpy().astype(np.int32)
+    torch.save(oracle.state_dict(), folder / "oracle.pt")
+    return save_texts(args, folder, ids[:count], ids[count:], [""] + [f"w{i}" for i in range(1, n + 1)], 0)
+
+
+def save_texts(args, folder, tokens, held_out, vocabulary, cut):
+    """The arrays and meta.json of texts (n, L), (m, L) int32 of token ids."""
+    digest = hashlib.sha256()
+    for name, array in (("tokens", tokens), ("held_out", held_out)):
+        save_array(folder / f"{name}.npy", array, digest)
+    meta = {"name": "oracle" if args.synthetic_oracle else "text", "count": len(tokens), "held_out": len(held_out),
+            "length": tokens.shape[1], "level": args.level, "size": None, "channels": None, "classes": None,
+            "vocabulary": vocabulary, "source": source_options(args), "skipped": [], "cut": cut,
+            "fingerprint": digest.hexdigest()}
+    write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    return meta
+
+
 def save_array(path, array, digest):
     digest.update(array.tobytes())
     with open(path, "wb") as file:
@@ -425,12 +511,13 @@ def advise(parser, message):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = lambda message: fail(advise(parser, message))
-    parser.add_argument("source", choices=["shapes", "mnist", "fashion-mnist", "cifar10", "celeba", "folder", "coco"],
+    parser.add_argument("source", choices=["shapes", *TORCHVISION, "folder", "coco", "text"],
                         help="shapes: drawn here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: "
-                             "the same with COCO's captions")
+                             "the same with COCO's captions; text: sentences without images")
     group = parser.add_argument_group("data")
     group.add_argument("--out", required=True, metavar="DATA", help="folder to make")
-    group.add_argument("--root", metavar="SOURCE", help="folder: where the images are; torchvision's sets: where "
+    group.add_argument("--root", metavar="SOURCE", help="folder: where the images are; text: a .txt, a line a text, a "
+                       "captions.jsonl, or a folder of these; torchvision's sets: where "
                                                          "they are or are downloaded to (then default: downloads)")
     group.add_argument("--captions", metavar="FILE", help="coco: captions_train2017.json or its like; folder: a "
                        "captions.jsonl elsewhere than inside or beside --root")
@@ -444,19 +531,27 @@ def parse_args(argv=None):
     group.add_argument("--background", default="white", help="colour under transparent pixels: a name or #rrggbb")
     group.add_argument("--seed", type=int, default=0, help="shapes: which pictures are drawn")
     group.add_argument("--strict", action="store_true", help="an unreadable image is an error, not skipped")
+    group = parser.add_argument_group("texts (source text)")
+    group.add_argument("--level", choices=["word", "char"], default="word", help="what a token is")
+    group.add_argument("--length", type=int, help="tokens a text; longer ones are cut (default: the longest text's, at "
+                       "most 32 words or 128 characters)")
+    group.add_argument("--synthetic-oracle", action="store_true", help="draw --num texts of 20 tokens from a fixed "
+                       "random LSTM over 5000, under which the likelihood of any text is known (SeqGAN's benchmark)")
     group = parser.add_argument_group("speed")
     group.add_argument("--workers", type=int, default=cores(), help="decoding processes")
     args = parser.parse_args(argv)
     args.channels = args.channels or (1 if "mnist" in args.source else 3)
-    for name in ("size", "num", "crop", "workers"):
+    for name in ("size", "num", "crop", "workers", "length"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: must be at least 1")
     try:
         ImageColor.getrgb(args.background)
     except ValueError:
         fail(f"--background {args.background}: not a colour (a name like white, or #rrggbb)")
-    if args.source in ("folder", "coco") and args.root is None:
-        fail("--root is missing: the directory or archive with the images")
+    if args.source in ("folder", "coco", "text") and args.root is None and not args.synthetic_oracle:
+        fail(f"--root is missing: the {'file of texts' if args.source == 'text' else 'folder or archive of images'}")
+    if args.source != "text" and (args.synthetic_oracle or args.length):
+        fail(f"--{'length' if args.length else 'synthetic-oracle'}: not for {args.source}, but for text")
     for option in ("captions", "text_encoder"):
         if getattr(args, option) and args.source in TORCHVISION + ("shapes",) * (option == "captions"):
             fail(f"--{option.replace('_', '-')}: not for {args.source}")
@@ -487,15 +582,14 @@ def main():
                    if there["source"].get(k) != asked[k]]
         if changed:
             fail(f"--out {out} holds other data ({'; '.join(changed)}): delete it or choose another --out")
-        return print(f"{out} is already prepared: {there['count']} images")
+        return print(f"{out} is already prepared: {there['count']} {'texts' if args.source == 'text' else 'images'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fail(f"--out {out} exists and is not a data folder: choose another --out")
 
-    if args.source == "shapes":
-        total, items = shapes_source(args)
-    else:
-        total, items = (torchvision_source if args.source in TORCHVISION else folder_source)(args)
-    total, items = min(total, args.num or total), itertools.islice(items, args.num)
+    if args.source != "text":
+        total, items = (shapes_source if args.source == "shapes" else torchvision_source
+                        if args.source in TORCHVISION else folder_source)(args)
+        total, items = min(total, args.num or total), itertools.islice(items, args.num)
     text_encoder = load_text_encoder(args.text_encoder) if args.text_encoder else None
     for left in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):  # by a process that was killed
         if not alive(left.name.split(".")[-2]):
@@ -505,7 +599,10 @@ def main():
         signal.signal(number, lambda number, frame: stopped.append(number))
     try:
         partial.mkdir(parents=True)
-        meta = write_arrays(decode_all(items, args), total, partial, args, text_encoder)
+        if args.source == "text":
+            meta = (write_oracle if args.synthetic_oracle else write_texts)(args, partial)
+        else:
+            meta = write_arrays(decode_all(items, args), total, partial, args, text_encoder)
         os.rename(partial, out)
     except OSError as error:  # a full disk, a folder that may not be written
         if (out / "meta.json").exists():
@@ -517,7 +614,11 @@ def main():
         print(f"skipped {entry['file']!a}: {entry['reason']}")
     skipped = f", {len(meta['skipped'])} skipped (named in meta.json)" if meta["skipped"] else ""
     classes = f", {len(meta['classes'])} classes" if meta["classes"] else ""
-    print(f"{out}: {meta['count']} images of {args.size}×{args.size}×{args.channels}{classes}{skipped}")
+    what = f"images of {args.size}×{args.size}×{args.channels}"
+    if args.source == "text":
+        what = (f"texts of {meta['length']} tokens out of {len(meta['vocabulary'])}, {meta['held_out']} others held "
+                f"out; {meta['cut']} were cut")
+    print(f"{out}: {meta['count']} {what}{classes}{skipped}")
 
 
 if __name__ == "__main__":

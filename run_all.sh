@@ -23,7 +23,7 @@ mistake() { echo "run_all.sh: $1" >&2; exit 2; }
 
 recipe=${1:-shapes}
 shift || true
-prepare=() train=() count=2048 real=()
+prepare=() train=() count=2048 pictures=(--grid --interpolate 8) real=()
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
                 train=(--condition text --mismatch-weight 0.5 --width 64 --width-d 32 --extra-convs 1 --loss relativistic
@@ -62,6 +62,10 @@ case $recipe in
                        --lr-g 2e-4 --lr-d 1e-4 --clip-grad 1 --schedule cosine-restarts --batch-size 128 --epochs 40
                        --flip)
                 count=10000 ;;
+    captions)   prepare=(text --level word)
+                train=(--arch seq --loss relativistic --r1 0 --r2 0 --width 64 --batch-size 64 --epochs 12
+                       --pretrain-epochs 4 --lr-g 1e-4 --lr-d 1e-4 --clip-grad 5 --log-every 50)
+                pictures=() ;;
     folder)     prepare=(folder --size 64)
                 train=(--batch-size 64 --epochs 200 --flip --save-every 500)
                 real=(--num-real 2048) ;;
@@ -76,6 +80,8 @@ case ${prepare[0]-} in folder | coco)
 esac
 [ "${prepare[0]-}" != coco ] || [ -n "${CAPTIONS-}" ] ||
     mistake "CAPTIONS is missing: CAPTIONS=captions_train2017.json ROOT=train2017 bash run_all.sh $recipe"
+[ "$recipe" = captions ] && [ -z "${ROOT-}" ] && shapes=data/shapes || shapes=''
+[ -z "$shapes" ] || ROOT=$shapes/captions.jsonl
 [ -z "${ROOT-}" ] || prepare+=(--root "$ROOT")
 call="$recipe ${prepare[*]-} $*"
 
@@ -87,7 +93,7 @@ fi
 
 # The packages: in PYTHON, in the python3 at hand, or in .venv, which is made here.
 has='import importlib.metadata as m, importlib.util as u, sys
-sys.exit(any(u.find_spec(p) is None for p in "torch torchvision numpy PIL pytorch_fid tqdm matplotlib pytest".split())
+sys.exit(any(u.find_spec(p) is None for p in "torch torchvision numpy PIL pytorch_fid tqdm matplotlib nltk".split())
          or [int(n) for n in m.version("torch").split(".")[:2]] < [2, 10])'
 if [ -n "${PYTHON-}" ]; then
     python=$PYTHON
@@ -108,6 +114,9 @@ else
 fi
 if [ "$recipe" = tests ]; then
     cd "$here"
+    if [ "$python" = "$here/.venv/bin/python" ]; then
+        "$python" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+    fi
     exec "$python" -m pytest tests "$@"
 fi
 
@@ -148,6 +157,7 @@ stage() {
     return "$status"
 }
 
+[ -z "$shapes" ] || stage "$python" "$here/prepare_data.py" shapes --size 32 --num 10000 --out "$shapes"
 stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 launch=("$python") nodes=${SLURM_NNODES:-1} torchrun=("$python" -m torch.distributed.run)
@@ -160,7 +170,7 @@ stage "${launch[@]}" "$here/train.py" --data "$data" --out "$run" "${train[@]}" 
     [ "$run/status.json" -nt "$run/run_all.lock" ] && grep -q '"state": "interrupted"' "$run/status.json" && exit 75
     exit "$status"
 }
-stage "$python" "$here/sample.py" --run "$run" --num "$count" --grid --interpolate 8
+stage "$python" "$here/sample.py" --run "$run" --num "$count" ${pictures[@]+"${pictures[@]}"}
 stage "$python" "$here/evaluate.py" --run "$run" ${real[@]+"${real[@]}"}
 stage "$python" "$here/evaluate.py" --compare "$(dirname "$run")"
 echo "$call" >"$run/done"

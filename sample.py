@@ -6,7 +6,8 @@
     python sample.py --run runs/shapes --num 0 --interpolate 8
     python sample.py --film runs/shapes
 
-Image i depends on (seed, i) alone: a larger --num adds images and leaves the others as they were.
+A run with --arch seq has RUN/texts.txt instead, a line a text. Image or text i depends on (seed, i) alone: a larger
+--num adds some and leaves the others as they were.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from train import HelpFormatter, advise, latents, load_generator, make_grid, to_pixels, whole_file, write_json
+from train import HelpFormatter, advise, latents, load_generator, make_grid, to_pixels, to_texts, whole_file, write_json
 
 BLOCK = 64  # the network always sees so many at once: another batch size would round the last bits in another way
 FRAMES = 12  # of the animation, from one point of a walk to the next
@@ -56,6 +57,7 @@ def parse_args(argv=None):
     add("--text-file", metavar="FILE", help="the same, a caption a line")
     add("--data", metavar="DATA", help="without --text, whose captions are drawn (default: those of the training data)")
     add("--truncation", type=float, help="largest |z|, from a truncated normal: below 2, safer images that vary less")
+    add("--temperature", type=float, default=1.0, help="of texts: below 1, likelier words that vary less")
     add = parser.add_argument_group("pictures, in RUN or in the folder of --out").add_argument
     add("--grid", nargs="?", type=int, const=0, metavar="N", help="grid.png of the first N images (without N: 64, or "
         "as many as --num); where captions are told, captions.png of 32 of them too")
@@ -72,6 +74,8 @@ def parse_args(argv=None):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name} {value}: must lie between {low} and {high}")
+    if not 0.01 <= args.temperature <= 100:
+        fail(f"--temperature {args.temperature}: must lie between 0.01 and 100")
     if args.truncation is not None and not 0 < args.truncation <= 100:
         fail(f"--truncation {args.truncation}: must lie between 0 and 100")
     return args
@@ -200,6 +204,34 @@ def generate(generator, z, conditions, device):
     return np.concatenate(pixels)
 
 
+def write_texts(args, generator, saved, folder, device):
+    """texts.txt, a line each, and texts.json: how they were asked for, and how likely G finds texts it never saw."""
+    for name in ("labels", "text", "text_file", "truncation", "grid", "interpolate"):
+        if getattr(args, name):
+            fail(f"--{name.replace('_', '-')}: not for a generator of texts")
+    out, texts = Path(args.out or folder / "texts.txt"), []
+    for first in range(0, args.num, BLOCK):
+        z = latents(args.seed, range(first, first + BLOCK), generator.noise_dim).to(device)
+        with torch.inference_mode():
+            tokens = generator(z, None, args.temperature).argmax(2)
+        texts += to_texts(tokens, {"vocabulary": saved["vocabulary"], "level": saved["text_level"]})
+    record = {"num": args.num, "seed": args.seed, "temperature": args.temperature, "step": saved["step"]}
+    try:
+        data = Path(args.data or json.loads((folder / "config.json").read_text())["options"]["data"])
+        held_out = torch.from_numpy(np.load(data / "held_out.npy").astype(np.int64))
+        with torch.inference_mode():
+            parts = [generator.likelihood(part.to(device)) for part in held_out.split(BLOCK)]
+        losses, counts = (torch.cat(part) for part in zip(*parts))
+        record |= {"nll": (losses * counts).sum().item() / counts.sum().item(), "nll_texts": len(held_out)}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        print(f"sample.py: no likelihood of held-out texts ({error}): name the training data with --data",
+              file=sys.stderr)
+    with whole_file(out) as file:
+        file.write("".join(text + "\n" for text in texts[:args.num]).encode())
+    write_json(out.with_suffix(".json"), record)
+    print(f"{out}: {args.num} texts of step {saved['step']}")
+
+
 def write_png(path, pixels):
     Image.fromarray(pixels.squeeze()).save(path, compress_level=4)
 
@@ -294,6 +326,11 @@ def main():
         fail(f"--run {error}")
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})")
+    if saved["model"]["arch"] == "seq":
+        try:
+            return write_texts(args, generator, saved, folder, device)
+        except OSError as error:
+            sys.exit(f"sample.py: {error.strerror or error}: {error.filename or args.out}")
     if args.labels is not None and saved["model"]["condition"] != "label":
         fail("--labels: this generator was trained without classes (train.py --condition label)")
     told, note = find_conditions(args, saved, folder)  # a typing error shows before any work

@@ -91,7 +91,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("networks").add_argument
     add("--arch", choices=list(ARCHITECTURES), default="dcgan", help="dcgan: transposed convolutions; upsample: "
-        "nearest neighbour and 3×3 convolutions, dropout in D; resnet: no normalisation, for --loss relativistic")
+        "nearest neighbour and 3×3 convolutions, dropout in D; resnet: no normalisation, for --loss relativistic; seq: "
+        "texts, by an LSTM")
     add("--width", type=int, default=64, help="channels at the highest resolution; they double at each halving")
     add("--width-d", type=int, help="the same of D alone (default: as --width)")
     add("--extra-convs", type=int, default=0, help="3×3 convolutions more at each resolution of G")
@@ -141,6 +142,15 @@ def parse_args(argv=None):
     add("--grad-accum", type=int, default=1, help="parts into which a batch is cut to save memory")
     add("--max-skips", type=int, default=100, help="non-finite updates in a row that end the run")
 
+    add = parser.add_argument_group("texts (--arch seq)").add_argument
+    add("--pretrain-epochs", type=int, default=0, help="the first of the epochs, in which G learns by likelihood alone")
+    add("--pretrain-lr", type=float, default=5e-3, help="its learning rate")
+    add("--temperature-schedule", choices=["epochs", "exponential"], default="epochs", help="of the Gumbel-softmax. "
+        "epochs: times --temperature-decay each; exponential: evenly from start to end, RelGAN's with 1 and 0.01")
+    add("--temperature-start", type=float, default=2.0, help="the first temperature")
+    add("--temperature-end", type=float, default=0.5, help="the lowest")
+    add("--temperature-decay", type=float, default=0.95, help="factor an epoch")
+
     add = parser.add_argument_group("precision and speed").add_argument
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision; auto: bf16 where the "
         "hardware has it, fp16 on older GPUs, else off")
@@ -171,9 +181,11 @@ def parse_args(argv=None):
                 "patience")
     ranges = {name: (1, 2 ** 31) for name in positive} | {
         "extra_convs": (0, 100), "seed": (0, 2 ** 63), "clip_grad": (1e-12, math.inf), "warmup": (0, 2 ** 31),
-        "fid_num": (2, 2 ** 31)} | {
+        "fid_num": (2, 2 ** 31), "pretrain_epochs": (0, 2 ** 31)} | {
         name: (0, math.inf) for name in ("r1", "r2", "gp", "feature_matching", "cond_augment")} | {
-        name: (0, 1) for name in ("lr_g", "lr_d", "lr_final", "real_label", "fake_label", "jitter")} | {
+        name: (1e-6, 1e6) for name in ("temperature_start", "temperature_end")} | {
+        name: (0, 1) for name in ("lr_g", "lr_d", "lr_final", "real_label", "fake_label", "jitter", "pretrain_lr",
+                                  "temperature_decay")} | {
         "mismatch_weight": (0, 0.99)} | {
         name: (0, 0.999999) for name in ("beta1", "beta2", "ema")} | {"crop_shift": (0, 0.5)}
     for name, (low, high) in ranges.items():
@@ -191,6 +203,13 @@ def parse_args(argv=None):
     for name in args.tracker:
         if importlib.util.find_spec(name) is None:
             fail(f"--tracker {name} needs a package: pip install {name}")
+    if args.arch == "seq":
+        for name in ("flip", "crop_shift", "jitter", "diffaug", "extra_convs", "depth", "spectral_norm", "attention",
+                     "grow", "fid_every"):
+            if getattr(args, name):
+                fail(f"--{name.replace('_', '-')} is for images, not for --arch seq")
+    elif args.pretrain_epochs:
+        fail("--pretrain-epochs: images have no likelihood to learn by; it goes with --arch seq")
     if args.grow and args.compile:
         fail("--grow changes the networks while they train, which --compile cannot follow: leave one of them out")
     return args
@@ -201,22 +220,28 @@ def parse_args(argv=None):
 def load_data(folder, condition):
     """DATA/ as (images (N, H, W, C) uint8 memory map, conditions, meta); refuses what does not agree.
 
+    Of a DATA without images, texts (N, L) of token ids in their place.
     conditions: None, labels (N,) int64, captions (N, K, L) of token ids, or their embeddings (N, K, n) float32.
     """
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        images = np.load(folder / "images.npy", mmap_mode="r")
+        length = meta.get("length")
+        images = np.load(folder / ("tokens.npy" if length else "images.npy"), mmap_mode="r")
         kind = "embeddings" if meta.get("text_encoder") else "tokens"
         name = {"label": "labels" if meta["classes"] else "", "text": kind if meta["vocabulary"] else ""}.get(condition)
         conditions = np.load(folder / f"{name}.npy", mmap_mode="r") if name else None
-        said = (meta["count"], meta["size"], meta["size"], meta["channels"])
+        said = (meta["count"], length) if length else (meta["count"], meta["size"], meta["size"], meta["channels"])
     except FileNotFoundError as error:
         fail(f"--data {folder}: {Path(error.filename).name} is not there; make the folder with prepare_data.py")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         fail(f"--data {folder}: damaged ({type(error).__name__}: {error}); make it again with prepare_data.py")
-    if images.shape != said or images.dtype != np.uint8:
-        fail(f"--data {folder}: meta.json says uint8 {said}, images.npy is {images.dtype} {images.shape}")
+    if length and condition != "none":
+        fail(f"--condition {condition}: {folder} holds texts without images, which are told nothing")
+    if images.shape != said or images.dtype != (np.int32 if length else np.uint8) or length and not (
+            0 <= images.min() <= images.max() < len(meta["vocabulary"])):
+        fail(f"--data {folder}: meta.json says {said}, the array is {images.dtype} {images.shape}, or not in the "
+             f"vocabulary; make it again with prepare_data.py")
     if name == "":
         fail(f"--condition {condition}: {folder} has no {'classes' if condition == 'label' else 'captions'}")
     if conditions is not None:
@@ -228,7 +253,7 @@ def load_data(folder, condition):
 
 
 def batches(t, start, stop):
-    """Yield (images (B, C, H, W) uint8, condition (B, …) or None) on the device for steps start … stop - 1.
+    """Yield (images (B, C, H, W) uint8 or tokens (B, L), condition (B, …) or None) on the device for these steps.
 
     B is this process's share of the batch. The order of an epoch, and which of an image's captions is taken, come from
     (seed, epoch) alone; one thread gathers a batch ahead.
@@ -248,8 +273,9 @@ def batches(t, start, stop):
         first = place * t.args.batch_size + t.rank * share
         index, draws = (part[first:first + share] for part in orders[epoch])
         rows = images[to_device(index, t.device)] if resident else to_device(images[index], t.device)
-        # a channels-last view, no copy
-        return rows.permute(0, 3, 1, 2), condition_of(t, conditions, index, draws)
+        if rows.ndim == 4:
+            rows = rows.permute(0, 3, 1, 2)  # a channels-last view, no copy
+        return rows, condition_of(t, conditions, index, draws)
 
     # a thread starts on GPU 0, where another process's memory would be taken
     settle = (torch.cuda.set_device, (t.device,)) if t.device.type == "cuda" else (None, ())
@@ -364,7 +390,7 @@ class Generator(nn.Module):
     def init(self, module):
         """How a part is initialised, where PyTorch's way will not do."""
 
-    def forward(self, z, condition=None):
+    def forward(self, z, condition=None, temperature=None):
         if self.encode is not None:
             told, words, mask = self.encode(condition)
             if self.augment is not None:  # conditioning augmentation (Zhang et al. 2017)
@@ -555,8 +581,66 @@ class ResnetDiscriminator(Discriminator):
         return nn.Sequential(Residual(width), nn.LeakyReLU(0.2), nn.Conv2d(width, 1, base))
 
 
+class SequenceGenerator(nn.Module):
+    """G(noise (B, L), None, temperature) -> texts (B, L, V): an LSTM that writes tokens, each a row of a unit matrix.
+
+    In training a token is drawn by Gumbel noise of its own, and its gradient is that of the softmax at this temperature
+    (Jang et al. 2017, straight through). In eval mode the noise decides it, as a quantile, after the logits were
+    divided by the temperature. After a 0, the padding, come only zeros.
+    """
+
+    def __init__(self, m):
+        super().__init__()
+        self.noise_dim, self.level = m.sizes[-1], 0
+        self.embed, self.lstm = nn.Linear(m.channels, m.width, bias=False), nn.LSTM(m.width, m.width, batch_first=True)
+        self.start, self.logits = nn.Parameter(torch.zeros(m.width)), nn.Linear(m.width, m.channels)
+        nn.init.normal_(self.embed.weight, 0, m.width ** -0.5)
+
+    def forward(self, z, condition=None, temperature=1.0):
+        x, state, texts = self.start.expand(len(z), -1), None, []
+        for noise in z.unbind(1):
+            x, state = self.lstm(x.unsqueeze(1), state)
+            logits = self.logits(x.squeeze(1)).float()
+            if self.training:
+                token = F.gumbel_softmax(logits, temperature, hard=True)
+            else:
+                below = (logits / temperature).softmax(1).cumsum(1) < torch.special.ndtr(noise).unsqueeze(1)
+                token = F.one_hot(below.sum(1).clamp(max=logits.shape[1] - 1), logits.shape[1]).float()
+            if texts:
+                ended = texts[-1][:, :1].detach()
+                token = token * (1 - ended) + texts[-1].detach() * ended
+            texts.append(token)
+            x = self.embed(token)
+        return torch.stack(texts, 1)
+
+    def likelihood(self, tokens):
+        """Negative logarithm (B, L) of each token's probability, and which of them count: up to the first 0."""
+        x = F.embedding(tokens[:, :-1], self.embed.weight.T)
+        x, _ = self.lstm(torch.cat([self.start.expand(len(x), 1, -1).to(x), x], 1))
+        loss = F.cross_entropy(self.logits(x).float().transpose(1, 2), tokens, reduction="none")
+        return loss, F.pad(tokens[:, :-1] > 0, (1, 0), value=True)
+
+
+class SequenceDiscriminator(nn.Module):
+    """D(texts (B, L, V)) -> (logits (B,), features (B, C)): convolutions over 2 to 5 tokens, the largest (Kim 2014)."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.level, reach = 0, range(2, min(m.sizes[-1], 5) + 1)
+        self.embed = nn.Linear(m.channels, EMBEDDING, bias=False)
+        self.convs = nn.ModuleList(nn.Conv1d(EMBEDDING, m.width_d, k) for k in reach)
+        self.head = nn.Linear(m.width_d * len(reach), 1)
+        nn.init.normal_(self.embed.weight, 0, EMBEDDING ** -0.5)
+
+    def forward(self, x, condition=None):
+        h = self.embed(x).transpose(1, 2)
+        features = torch.cat([F.leaky_relu(conv(h), 0.2).amax(2) for conv in self.convs], 1)
+        return self.head(features).flatten().float(), features.float()
+
+
 ARCHITECTURES = {"dcgan": (DCGANGenerator, DCGANDiscriminator), "upsample": (UpsampleGenerator, UpsampleDiscriminator),
-                 "resnet": (ResnetGenerator, ResnetDiscriminator)}
+                 "resnet": (ResnetGenerator, ResnetDiscriminator),
+                 "seq": (SequenceGenerator, SequenceDiscriminator)}
 
 
 def build_networks(model):
@@ -606,13 +690,13 @@ LOSSES = {
 
 
 def squared_gradient(logits, images):
-    """Squared norm (B,) of D's gradient by its input (B, C, H, W), itself differentiable."""
+    """Squared norm (B,) of D's gradient by its input (B, …), itself differentiable."""
     gradient, = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return gradient.float().square().sum((1, 2, 3))
+    return gradient.float().square().flatten(1).sum(1)
 
 
 def loss_of_d(t, x, c, fake):
-    """D on real x and on fakes, both (B, C, H, W), with condition c: (loss, logits (B,) of x, of the fakes)."""
+    """D on real x and on fakes, (B, C, H, W) or (B, L, V), with condition c: (loss, logits (B,) of x, of the fakes)."""
     args, D, objective = t.args, t.d.net, LOSSES[t.args.loss][0]
     x, fake = x.detach().requires_grad_(args.r1 > 0), fake.detach().requires_grad_(args.r2 > 0)
     with t.autocast():
@@ -628,7 +712,8 @@ def loss_of_d(t, x, c, fake):
     if args.r2:
         loss = loss + args.r2 / 2 * squared_gradient(fake_logits, fake).mean()
     if args.gp:  # Gulrajani et al. 2017
-        between = torch.lerp(fake.float(), x, torch.rand(len(x), 1, 1, 1, device=t.device)).detach().requires_grad_()
+        share = torch.rand(len(x), *[1] * (x.ndim - 1), device=t.device)
+        between = torch.lerp(fake.float(), x, share).detach().requires_grad_()
         with t.autocast():
             logits, _ = D(between, c)
         loss = loss + args.gp * (squared_gradient(logits, between).add(1e-12).sqrt() - 1).square().mean()
@@ -663,6 +748,18 @@ def learning_rate(base, args, step, total):
     return base * (args.lr_final + (1 - args.lr_final) * share)
 
 
+def temperature_at(t):
+    """The temperature of a step's Gumbel-softmax, or None for images."""
+    args, begin = t.args, t.pretrain_steps
+    if args.arch != "seq":
+        return None
+    if args.temperature_schedule == "exponential":  # Nie et al. 2019
+        share = max(t.step - begin, 0) / max(t.schedule_steps - begin, 1)
+        return args.temperature_start * (args.temperature_end / args.temperature_start) ** share
+    epoch = max(t.step - begin, 0) // t.steps_per_epoch
+    return max(args.temperature_end, args.temperature_start * args.temperature_decay ** epoch)
+
+
 def level_at(sizes, step, total):
     """Which size is drawn at a step, see Generator: an equal share of the steps each, its first half to fade in."""
     place = step / max(total, 1) * len(sizes)
@@ -671,6 +768,19 @@ def level_at(sizes, step, total):
 
 
 # ---- augmentation, on the device: images (B, C, H, W) in [-1, 1] ----------------------------------------------------
+
+def real_batch(t, images, level):
+    """What the step tells from fakes: uint8 images as augmented floats at the level's size, tokens as unit vectors."""
+    if images.ndim == 2:
+        return F.one_hot(images.long(), t.model["channels"]).float()
+    x = to_float(images, t.args)
+    if (size := t.sizes[math.ceil(level)]) < x.shape[2]:
+        x = F.avg_pool2d(x, x.shape[2] // size)
+    if level % 1:  # real images fade in as the fakes do
+        smaller = F.avg_pool2d(x, size // t.sizes[math.floor(level)])
+        x = torch.lerp(F.interpolate(smaller, size=size), x, level % 1)
+    return x
+
 
 def to_float(images, args):
     """uint8 -> [-1, 1] float32, with what --flip, --crop-shift and --jitter ask for, drawn for each image."""
@@ -815,7 +925,8 @@ def save_generator(t, name):
     write_torch(t.out / name, {
         "generator": t.ema.state_dict(), "model": t.model, "level": t.ema.level, "step": t.step, "seed": t.args.seed,
         "name": str(t.meta["name"]), "classes": t.meta["classes"], "class_counts": t.class_counts,
-        "vocabulary": t.meta["vocabulary"], "text_encoder": t.meta.get("text_encoder")})
+        "vocabulary": t.meta["vocabulary"], "text_encoder": t.meta.get("text_encoder"),
+        "text_level": t.meta.get("level")})
 
 
 def find_checkpoint(args, out):
@@ -905,19 +1016,14 @@ class Signals:
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 def train_step(t, images, condition):
-    """One update of D and one of G on a batch: images (B, C, H, W) uint8, condition (B, …) or None.
+    """One update of D and one of G on a batch: images (B, C, H, W) uint8 or tokens (B, L), condition (B, …) or None.
 
     Goodfellow et al. 2014. Nothing here waits for the device.
     """
     args, G, D = t.args, t.g.net, t.d.net
     torch.manual_seed(seed_of(args.seed, t.step, t.rank))  # noise, dropout and augmentation of this step
     G.level = D.level = t.ema.level = level_at(t.sizes, t.step, t.schedule_steps)
-    x = to_float(images, args)
-    if (size := t.sizes[math.ceil(G.level)]) < x.shape[2]:
-        x = F.avg_pool2d(x, x.shape[2] // size)
-    if G.level % 1:  # real images fade in as the fakes do
-        smaller = F.avg_pool2d(x, size // t.sizes[math.floor(G.level)])
-        x = torch.lerp(F.interpolate(smaller, size=size), x, G.level % 1)
+    x, temperature = real_batch(t, images, G.level), temperature_at(t)
     z = torch.randn(len(x), G.noise_dim, device=t.device)
     parts = list(zip(*(a.chunk(args.grad_accum) if a is not None else [None] * args.grad_accum
                        for a in (x, condition, z))))
@@ -929,7 +1035,7 @@ def train_step(t, images, condition):
     # D: tell x from G(z)
     for x, c, z in parts if train_d or keep_graph else ():
         with t.autocast(), torch.set_grad_enabled(keep_graph):
-            fake = G(z, c)
+            fake = G(z, c, temperature)
         if train_d:
             loss, real_logits, fake_logits = loss_of_d(t, x, c, fake)
             t.d.scaler.scale(loss / len(parts)).backward(inputs=t.d.params)
@@ -945,7 +1051,7 @@ def train_step(t, images, condition):
     for x, c, z in parts if train_g else ():
         if not keep_graph:
             with t.autocast():
-                fake = G(z, c)
+                fake = G(z, c, temperature)
         loss, fake_logits = loss_of_g(t, x, c, fake)
         t.g.scaler.scale(loss / len(parts)).backward()
         tally(seen, len(parts), loss_g=loss, reward=fake_logits.sigmoid())
@@ -955,9 +1061,27 @@ def train_step(t, images, condition):
 
     for now, before in zip(t.g_buffers, statistics):  # of a batch that was skipped nothing is to stay
         torch.where(seen.get("skipped_g", seen.get("skipped_d", t.zero)) > 0, before, now, out=now)
-    decay = min(args.ema, (1 + t.step) / (10 + t.step))  # short at first, so that the first weights are forgotten
-    torch._foreach_lerp_(t.ema_tensors, t.g_tensors, 1 - decay)
+    average(t)
     record(t, seen)
+
+
+def likelihood_step(t, tokens, condition):
+    """One update of G alone towards the likelihood of texts (B, L): what --pretrain-epochs are made of."""
+    torch.manual_seed(seed_of(t.args.seed, t.step, t.rank))
+    with t.autocast():
+        loss, counts = t.g.net.likelihood(tokens.long())
+    loss, seen = (loss * counts).sum() / counts.sum(), {}
+    t.g.scaler.scale(loss).backward()
+    tally(seen, 1, loss_g=loss)
+    update(t, t.g, "g", seen, t.args.pretrain_lr)
+    average(t)
+    record(t, seen)
+
+
+def average(t):
+    """Move the averaged G towards G."""
+    decay = min(t.args.ema, (1 + t.step) / (10 + t.step))  # short at first, so that the first weights are forgotten
+    torch._foreach_lerp_(t.ema_tensors, t.g_tensors, 1 - decay)
 
 
 def spread(x):
@@ -971,7 +1095,7 @@ def tally(seen, parts, **values):
         seen[name] = seen.get(name, 0) + value.detach().float().mean() / parts
 
 
-def update(t, side, name, seen):
+def update(t, side, name, seen, lr=None):
     """Step a network's optimiser, except where its gradient or loss is not finite: decided on the device.
 
     Adds to `seen` the norm of the gradient before clipping, whether it was clipped, and whether the update was skipped.
@@ -988,7 +1112,7 @@ def update(t, side, name, seen):
     if t.args.clip_grad:
         nn.utils.clip_grads_with_norm_(params, t.args.clip_grad, norm)
     skip = 1 - torch.isfinite(norm + loss.sum()).float()
-    side.optimizer.param_groups[0]["lr"] = learning_rate(side.lr, t.args, t.step, t.schedule_steps)
+    side.optimizer.param_groups[0]["lr"] = learning_rate(lr or side.lr, t.args, t.step, t.schedule_steps)
     side.optimizer.found_inf = skip  # a fused optimiser then leaves weights, moments and step count alone
     if t.args.optimizer == "rmsprop":  # not fused: no gradient moves no weight, and the moments are put back
         squares = [side.optimizer.state[p]["square_avg"] for p in params if p in side.optimizer.state]
@@ -1039,7 +1163,7 @@ def train(t, signals):
     data = batches(t, t.step, t.total)
     while t.step < t.total and not number:
         begin = stamp(t.device)
-        train_step(t, *next(data))
+        (likelihood_step if t.step < t.pretrain_steps else train_step)(t, *next(data))
         t.step += 1
         times.append((begin, stamp(t.device)))
         t.bar.update()
@@ -1154,7 +1278,7 @@ def log_interval(t, times):
     mean = {name: s / c if c else None for name, s, c in zip(STATS, sums, counts)}  # None: never finite, see skipped_*
     lr_g, lr_d = (side.optimizer.param_groups[0]["lr"] for side in (t.g, t.d))
     t.last = {"step": t.step, "epoch": round(t.step / t.steps_per_epoch, 4), "images": t.step * t.args.batch_size,
-              **mean, "lr_g": lr_g, "lr_d": lr_d, "temperature": None, "skipped_g": int(skips[0][0]),
+              **mean, "lr_g": lr_g, "lr_d": lr_d, "temperature": temperature_at(t), "skipped_g": int(skips[0][0]),
               "skipped_d": int(skips[0][1]), "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
               "images_per_second": t.args.batch_size * len(ms) / (time.perf_counter() - t.logged)}
     t.logged = time.perf_counter()
@@ -1225,11 +1349,26 @@ def write_grid(t):
     """RUN/grids/step_*.png of the same latents and conditions all along, from the averaged generator."""
     if t.rank == 0:
         with torch.inference_mode():
-            pixels = to_pixels(t.ema(t.grid_z, t.grid_condition))
-        for name in (f"step_{t.step:07d}.png", "latest.png"):
-            with whole_file(t.out / "grids" / name) as file:
-                make_grid(pixels).save(file, "PNG")
-        track(t, {}, make_grid(pixels))
+            drawn = t.ema(t.grid_z, t.grid_condition)
+        for name in (f"step_{t.step:07d}", "latest"):
+            show(t, name, drawn.argmax(2).cpu() if drawn.ndim == 3 else to_pixels(drawn))
+        track(t, {}, None if drawn.ndim == 3 else make_grid(to_pixels(drawn)))
+
+
+def show(t, name, samples):
+    """RUN/grids/NAME.png of uint8 images (n, H, W, C), or NAME.txt of token ids (n, L)."""
+    texts = samples.ndim == 2
+    with whole_file(t.out / "grids" / f"{name}.{'txt' if texts else 'png'}") as file:
+        if texts:
+            file.write("".join(line + "\n" for line in to_texts(samples, t.meta)).encode())
+        else:
+            make_grid(samples).save(file, "PNG")
+
+
+def to_texts(tokens, meta):
+    """Token ids (n, L) as strings, up to the first 0; meta: vocabulary, and level, which is word or char."""
+    rows = [row[:row.index(0)] if 0 in row else row for row in tokens.tolist()]
+    return [(" " if meta["level"] == "word" else "").join(meta["vocabulary"][i] for i in row) for row in rows]
 
 
 def to_pixels(images):
@@ -1307,13 +1446,16 @@ def find_precision(name, device):
 
 def set_up(args, images, conditions, meta, device, rank, world):
     """Everything that training holds, in one namespace: options, data, networks, optimisers, counters."""
-    size, labels = meta["size"], conditions if args.condition == "label" else None
+    length, size, labels = meta.get("length"), meta["size"], conditions if args.condition == "label" else None
     defaults = vars(parse_args(["--data", "", "--out", ""]))
     changed = {k: v for k, v in vars(args).items() if v != defaults[k]}
-    args.depth = args.depth or default_depth(size)
-    if size % 2 ** args.depth or not 2 <= size >> args.depth <= 15:
-        fail(f"--data {args.data}: {size} pixels halved {args.depth} times (--depth) do not end at 2 to 15 pixels; "
-             f"sizes like 28, 32, 64 or 128 do")
+    if bool(length) != (args.arch == "seq"):
+        fail(f"--arch {args.arch}: {args.data} holds {'texts, for --arch seq' if length else 'images'}")
+    if not length:
+        args.depth = args.depth or default_depth(size)
+        if size % 2 ** args.depth or not 2 <= size >> args.depth <= 15:
+            fail(f"--data {args.data}: {size} pixels halved {args.depth} times (--depth) do not end at 2 to 15 pixels; "
+                 f"sizes like 28, 32, 64 or 128 do")
     if args.batch_size > len(images):
         fail(f"--batch-size {args.batch_size}: {args.data} has only {len(images)} images")
     if args.batch_size % (world * args.grad_accum):
@@ -1324,7 +1466,8 @@ def set_up(args, images, conditions, meta, device, rank, world):
     kind = "vector" if args.condition == "text" and meta.get("text_encoder") else args.condition
     known = (0 if kind == "none" else conditions.shape[2] if kind == "vector" else
              len(meta["classes"] if kind == "label" else meta["vocabulary"]))
-    model |= {"sizes": find_sizes(args, size), "channels": meta["channels"], "condition": kind, "known": known,
+    model |= {"sizes": [length] if length else find_sizes(args, size),
+              "channels": len(meta["vocabulary"]) if length else meta["channels"], "condition": kind, "known": known,
               "cond_augment": args.cond_augment > 0}
     steps_per_epoch = len(images) // args.batch_size
     schedule_steps = args.epochs * steps_per_epoch
@@ -1357,7 +1500,8 @@ def set_up(args, images, conditions, meta, device, rank, world):
         d=side(D, args.lr_d), ema=ema,
         g_buffers=[b for b in G.buffers() if b.is_floating_point()], g_tensors=floats(G), ema_tensors=floats(ema),
         step=0, steps_per_epoch=steps_per_epoch,
-        schedule_steps=schedule_steps, total=min(schedule_steps, args.max_steps or schedule_steps),
+        schedule_steps=schedule_steps, pretrain_steps=args.pretrain_epochs * steps_per_epoch,
+        total=min(schedule_steps, args.max_steps or schedule_steps),
         sums=torch.zeros(len(STATS), device=device), counts=torch.zeros(len(STATS), device=device),
         skips=torch.zeros(3, 2, device=device),  # in all, in a row, longest row of the interval; of G, of D
         zero=torch.zeros((), device=device), grid_z=latents(args.seed, range(GRID), G.noise_dim).to(device),
@@ -1387,7 +1531,8 @@ def describe(t):
     return {"run_id": t.run_id, "options": vars(t.args), "changed": t.changed, "amp": t.amp,
             "model": t.model, "processes": t.world,
             "parameters": {"G": sum(p.numel() for p in t.g.params), "D": sum(p.numel() for p in t.d.params)},
-            "data": {k: t.meta[k] for k in ("name", "count", "size", "channels", "fingerprint")},
+            "data": {k: t.meta[k] for k in ("name", "count", "size", "channels", "fingerprint")} | {
+                "length": t.meta.get("length")},
             "steps": t.total, "steps_per_epoch": t.steps_per_epoch,
             "hardware": {"device": t.device.type, "name": device, "cores": os.cpu_count(),
                          "threads": torch.get_num_threads(), "platform": platform.platform()},
@@ -1447,7 +1592,7 @@ def begin(t, path):
         names = ["log.jsonl", "fid.jsonl", "best.pt"] + [
             "checkpoint.pt", "checkpoint.prev.pt", "generator.pt", "error.pt"] * (
             t.args.resume == "never")
-        for old in [t.out / name for name in names] + list(t.out.glob("grids/step_*.png")):
+        for old in [t.out / name for name in names] + list(t.out.glob("grids/step_*")):
             old.unlink(missing_ok=True)
     for name in ("log.jsonl", "fid.jsonl"):
         trim_log(t.out / name, t.step)
@@ -1457,13 +1602,13 @@ def begin(t, path):
             t.run_id = json.loads((t.out / "config.json").read_text())["run_id"]
     open_trackers(t)
     write_json(t.out / "config.json", describe(t))
-    with whole_file(t.out / "grids" / "real.png") as file:
-        make_grid(t.images[t.grid_rows]).save(file, "PNG")
+    show(t, "real", t.images[t.grid_rows])
     write_status(t, "running")
     parameters = [sum(p.numel() for p in side.params) / 1e6 for side in (t.g, t.d)]
-    print(f"{t.out}: {t.args.arch} {t.meta['size']}×{t.meta['size']}×{t.meta['channels']}, G {parameters[0]:.2f} M "
-          f"and D {parameters[1]:.2f} M parameters; {len(t.images)} images; steps {t.step} to {t.total} of "
-          f"{t.args.batch_size} images; {t.device} × {t.world}, "
+    shape = "×".join(str(n) for n in t.images.shape[1:]) if t.images.ndim == 4 else f"{t.images.shape[1]} tokens"
+    print(f"{t.out}: {t.args.arch} {shape}, G {parameters[0]:.2f} M "
+          f"and D {parameters[1]:.2f} M parameters; {len(t.images)} {'images' if t.images.ndim == 4 else 'texts'}; "
+          f"steps {t.step} to {t.total} of {t.args.batch_size}; {t.device} × {t.world}, "
           f"{'fp32' if t.amp == 'off' else t.amp}" + (f"; going on from {path}" if path else ""), flush=True)
 
 
