@@ -446,7 +446,8 @@ def write_oracle(args, folder):
         token, state = torch.zeros(2 * count, dtype=torch.int64), None  # 0 begins a text
         for _ in range(length):
             state = oracle["cell"](oracle["embed"](token), state)
-            token = 1 + torch.multinomial(oracle["logits"](state[0]).softmax(1), 1).squeeze(1)
+            below = oracle["logits"](state[0]).softmax(1).cumsum(1)
+            token = 1 + torch.searchsorted(below, torch.rand(2 * count, 1)).squeeze(1).clamp(max=n - 1)
             drawn.append(token)
     ids = torch.stack(drawn, 1).numpy().astype(np.int32)
     torch.save(oracle.state_dict(), folder / "oracle.pt")

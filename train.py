@@ -592,15 +592,15 @@ class SequenceGenerator(nn.Module):
     def __init__(self, m):
         super().__init__()
         self.noise_dim, self.level = m.sizes[-1], 0
-        self.embed, self.lstm = nn.Linear(m.channels, m.width, bias=False), nn.LSTM(m.width, m.width, batch_first=True)
+        self.embed, self.lstm = nn.Linear(m.channels, m.width, bias=False), nn.LSTMCell(m.width, m.width)
         self.start, self.logits = nn.Parameter(torch.zeros(m.width)), nn.Linear(m.width, m.channels)
         nn.init.normal_(self.embed.weight, 0, m.width ** -0.5)
 
     def forward(self, z, condition=None, temperature=1.0):
         x, state, texts = self.start.expand(len(z), -1), None, []
         for noise in z.unbind(1):
-            x, state = self.lstm(x.unsqueeze(1), state)
-            logits = self.logits(x.squeeze(1)).float()
+            state = self.lstm(x, state)
+            logits = self.logits(state[0]).float()
             if self.training:
                 token = F.gumbel_softmax(logits, temperature, hard=True)
             else:
@@ -615,9 +615,11 @@ class SequenceGenerator(nn.Module):
 
     def likelihood(self, tokens):
         """Negative logarithm (B, L) of each token's probability, and which of them count: up to the first 0."""
-        x = F.embedding(tokens[:, :-1], self.embed.weight.T)
-        x, _ = self.lstm(torch.cat([self.start.expand(len(x), 1, -1).to(x), x], 1))
-        loss = F.cross_entropy(self.logits(x).float().transpose(1, 2), tokens, reduction="none")
+        inputs, state, outputs = F.embedding(tokens[:, :-1], self.embed.weight.T), None, []
+        for x in (self.start.expand(len(tokens), -1), *inputs.unbind(1)):
+            state = self.lstm(x, state)
+            outputs.append(state[0])
+        loss = F.cross_entropy(self.logits(torch.stack(outputs, 1)).float().mT, tokens, reduction="none")
         return loss, F.pad(tokens[:, :-1] > 0, (1, 0), value=True)
 
 
@@ -1294,7 +1296,8 @@ def log_interval(t, times):
             left = (t.total - t.step) * t.args.batch_size / t.last["images_per_second"]
             print(f"step {t.step}/{t.total}  epoch {t.last['epoch']:.2f}  "
                   + "  ".join(f"{k} {v}" for k, v in zip(STATS, shown))
-                  + f"  {t.last['images_per_second']:.0f} images/s  {tqdm.format_interval(left)} left", flush=True)
+                  + f"  {t.last['images_per_second']:.0f} {t.unit}/s  "
+                  f"{tqdm.format_interval(left)} left", flush=True)
     if max(skips[2]) >= t.args.max_skips:
         name, rate = ("G", "--lr-g") if skips[2][0] >= skips[2][1] else ("D", "--lr-d")
         raise Diverged(f"{int(max(skips[2]))} updates of {name} in a row were not finite at step {t.step}: try a "
@@ -1400,10 +1403,10 @@ def summary(t, seconds):
     ms, last = np.array(t.ms), t.last
     number = "{:.3f}".format
     losses = "  ".join(f"{k} {number(last[k]) if last[k] is not None else 'none'}" for k in STATS[:4])
-    return (f"finished {t.total} steps ({last['epoch']:.1f} epochs, {last['images']} images); {len(ms)} of them in "
-            f"{seconds / 60:.1f} min\n"
+    return (f"finished {t.total} steps ({last['epoch']:.1f} epochs, {last['images']} {t.unit}); {len(ms)} of them "
+            f"in {seconds / 60:.1f} min\n"
             f"step     {ms.mean():.1f} ms mean, {ms.min():.1f} min, {ms.max():.1f} max; "
-            f"{1000 * t.args.batch_size / ms.mean():.0f} images/s\n"
+            f"{1000 * t.args.batch_size / ms.mean():.0f} a second\n"
             f"last     {losses}\n"
             f"skipped  {last['skipped_g']} updates of G, {last['skipped_d']} of D (not finite)\n"
             f"files    {t.out}/generator.pt, {f'{t.out}/best.pt, ' if t.best else ''}{t.out}/log.jsonl, {t.out}/grids/")
@@ -1495,7 +1498,7 @@ def set_up(args, images, conditions, meta, device, rank, world):
 
     rows = np.arange(len(images)) if labels is None else np.argsort(labels, kind="stable")
     t = SimpleNamespace(
-        args=args, out=Path(args.out), device=device, rank=rank, world=world, amp=amp, autocast=autocast,
+        args=args, unit="texts" if length else "images", out=Path(args.out), device=device, rank=rank, world=world, amp=amp, autocast=autocast,
         images=images, conditions=conditions, meta=meta, sizes=model["sizes"], model=model, g=side(G, args.lr_g),
         d=side(D, args.lr_d), ema=ema,
         g_buffers=[b for b in G.buffers() if b.is_floating_point()], g_tensors=floats(G), ema_tensors=floats(ema),
@@ -1607,7 +1610,7 @@ def begin(t, path):
     parameters = [sum(p.numel() for p in side.params) / 1e6 for side in (t.g, t.d)]
     shape = "×".join(str(n) for n in t.images.shape[1:]) if t.images.ndim == 4 else f"{t.images.shape[1]} tokens"
     print(f"{t.out}: {t.args.arch} {shape}, G {parameters[0]:.2f} M "
-          f"and D {parameters[1]:.2f} M parameters; {len(t.images)} {'images' if t.images.ndim == 4 else 'texts'}; "
+          f"and D {parameters[1]:.2f} M parameters; {len(t.images)} {t.unit}; "
           f"steps {t.step} to {t.total} of {t.args.batch_size}; {t.device} × {t.world}, "
           f"{'fp32' if t.amp == 'off' else t.amp}" + (f"; going on from {path}" if path else ""), flush=True)
 
