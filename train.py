@@ -750,15 +750,15 @@ def learning_rate(base, args, step, total):
     return base * (args.lr_final + (1 - args.lr_final) * share)
 
 
-def temperature_at(t):
+def temperature_at(t, step):
     """The temperature of a step's Gumbel-softmax, or None for images."""
     args, begin = t.args, t.pretrain_steps
     if args.arch != "seq":
         return None
     if args.temperature_schedule == "exponential":  # Nie et al. 2019
-        share = max(t.step - begin, 0) / max(t.schedule_steps - begin, 1)
+        share = max(step - begin, 0) / max(t.schedule_steps - begin, 1)
         return args.temperature_start * (args.temperature_end / args.temperature_start) ** share
-    epoch = max(t.step - begin, 0) // t.steps_per_epoch
+    epoch = max(step - begin, 0) // t.steps_per_epoch
     return max(args.temperature_end, args.temperature_start * args.temperature_decay ** epoch)
 
 
@@ -1025,7 +1025,7 @@ def train_step(t, images, condition):
     args, G, D = t.args, t.g.net, t.d.net
     torch.manual_seed(seed_of(args.seed, t.step, t.rank))  # noise, dropout and augmentation of this step
     G.level = D.level = t.ema.level = level_at(t.sizes, t.step, t.schedule_steps)
-    x, temperature = real_batch(t, images, G.level), temperature_at(t)
+    x, temperature = real_batch(t, images, G.level), temperature_at(t, t.step)
     z = torch.randn(len(x), G.noise_dim, device=t.device)
     parts = list(zip(*(a.chunk(args.grad_accum) if a is not None else [None] * args.grad_accum
                        for a in (x, condition, z))))
@@ -1280,7 +1280,7 @@ def log_interval(t, times):
     mean = {name: s / c if c else None for name, s, c in zip(STATS, sums, counts)}  # None: never finite, see skipped_*
     lr_g, lr_d = (side.optimizer.param_groups[0]["lr"] for side in (t.g, t.d))
     t.last = {"step": t.step, "epoch": round(t.step / t.steps_per_epoch, 4), "images": t.step * t.args.batch_size,
-              **mean, "lr_g": lr_g, "lr_d": lr_d, "temperature": temperature_at(t), "skipped_g": int(skips[0][0]),
+              **mean, "lr_g": lr_g, "lr_d": lr_d, "temperature": temperature_at(t, t.step - 1), "skipped_g": int(skips[0][0]),
               "skipped_d": int(skips[0][1]), "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
               "images_per_second": t.args.batch_size * len(ms) / (time.perf_counter() - t.logged)}
     t.logged = time.perf_counter()
