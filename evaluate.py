@@ -46,7 +46,7 @@ BATCH = 32  # images a pass of Inception
 KEPT = 10_000  # real images whose features are kept for KID
 NEIGHBOURS = 3  # of precision, recall, density and coverage
 TEXTS, TEXTS_SHOWN = 500, 20  # scored by BLEU, which takes each against all references; shown in the report
-GALLERY = 6  # pictures of a kind in the report
+GALLERY = 8  # pictures of a kind in the report
 KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}  # pytorch-fid's
 # the same convolution weights, without the classifier, where pytorch-fid's own file cannot be reached

@@ -82,7 +82,9 @@ def test_recipes_run_for_a_few_steps(recipe, shapes, tmp_path):
     settings = environment(tmp_path) | {"PYTHON": str(stub), "ROOT": str(tmp_path), "CAPTIONS": "captions.json"}
     call("bash", ROOT / "run_all.sh", recipe, **settings)
     calls = [line.split() for line in (tmp_path / "run" / "calls").read_text().splitlines()]
-    assert [os.path.basename(c[0]) for c in calls] == ["prepare_data.py", "train.py", "sample.py", "evaluate.py"]
+    assert [os.path.basename(c[0]) for c in calls] == ["prepare_data.py", "train.py", "sample.py", "evaluate.py",
+                                                      "evaluate.py"]
+    assert calls[4][1:] == ["--compare", str(tmp_path)]
     assert prepare_data.parse_args(calls[0][1:]).out == settings["DATA"]
     args = train.parse_args(calls[1][1:])
     expected = {"mnist": (64, 25), "mnist-128": (128, 25), "anime64": (800, 100), "celeba64": (128, 200),
@@ -91,7 +93,11 @@ def test_recipes_run_for_a_few_steps(recipe, shapes, tmp_path):
         assert (args.batch_size, args.epochs) == expected[recipe]
     if recipe == "anime64":
         assert args.lr_final * args.lr_g == pytest.approx(1e-5) and (args.real_label, args.fake_label) == (0.9, 0.1)
-    call(*calls[1], "--data", shapes, "--width", "8", "--width-d", "8", "--batch-size", "16", "--max-steps", "4",
+    data = shapes
+    if recipe == "captions":
+        data = tmp_path / "texts"
+        call("prepare_data.py", "text", "--root", shapes / "captions.jsonl", "--out", data)
+    call(*calls[1], "--data", data, "--width", "8", "--width-d", "8", "--batch-size", "16", "--max-steps", "4",
          "--log-every", "2", "--device", "cpu")
     assert [line["step"] for line in log_of(tmp_path / "run")] == [2, 4]
 
