@@ -1573,6 +1573,8 @@ def main():
         restore(t, state)
         del state, found
     if args.compile:
+        import torch._inductor.config
+        torch._inductor.config.fallback_random = True  # the same dropout and noise as without it
         t.g.net.compile()
         if not (args.r1 or args.r2 or args.gp):  # torch.compile has no double backward
             t.d.net.compile()

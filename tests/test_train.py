@@ -437,6 +437,24 @@ def test_whole_runs(options, shapes, tmp_path):
     assert log_of(tmp_path)[-1]["step"] == 6 and log_of(tmp_path)[-1]["skipped_d"] < 3
 
 
+@pytest.mark.skipif("RUN_SLOW" not in os.environ, reason="minutes of compiling: RUN_SLOW=1 runs it")
+@pytest.mark.parametrize("arch, loss", [
+    ("dcgan", ("bce",)), ("dcgan", ("wgan-gp",)), ("upsample", ("hinge", "--spectral-norm")), ("upsample", ("lsgan",)),
+    ("resnet", ("relativistic",)), ("resnet", ("relativistic", "--r1", "0", "--r2", "0", "--feature-matching", "0.1")),
+    ("seq", ("bce",)), ("seq", ("relativistic",))])
+def test_compiled_it_is_the_same_run(arch, loss, shapes, tmp_path):
+    data = shapes
+    if arch == "seq":
+        data = tmp_path / "texts"
+        call("prepare_data.py", "text", "--root", shapes / "captions.jsonl", "--out", data)
+    losses = []
+    for name, more in (("eager", ()), ("compiled", ("--compile",))):
+        call("train.py", "--data", data, "--out", tmp_path / name, *TINY, "--arch", arch, "--loss", *loss, "--amp", "off",
+             "--max-steps", "4", "--log-every", "1", *more)
+        losses.append([[line[k] for k in ("loss_d", "loss_g", "grad_norm_g")] for line in log_of(tmp_path / name)])
+    assert np.allclose(*losses, rtol=1e-3, atol=1e-4)
+
+
 def test_two_processes(shapes, tmp_path):
     """gloo, batch normalisation in both networks, accumulation: one model, trained on the same images in the same order."""
     call(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
