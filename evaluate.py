@@ -447,10 +447,15 @@ def clip_score(model, name, notes, fake):
 
 
 def side_by_side(*images):
-    """uint8 (H, W, C) each -> one picture, in RGB; of another size than the first: scaled to it."""
+    """uint8 (H, W, C) each -> one picture, in RGB, all of the first one's size."""
     side = images[0].shape[:2][::-1]
     pictures = [Image.fromarray(x.squeeze()).convert("RGB").resize(side, Image.Resampling.NEAREST) for x in images]
     return np.concatenate([np.asarray(picture) for picture in pictures], 1)
+
+
+def picture(images, i):
+    """uint8 (H, W, C) of one of the images that open_images returns."""
+    return images[i] if isinstance(images, np.ndarray) else np.asarray(Image.open(images[i]).convert("RGB"))
 
 
 def pixels_of(images):
@@ -501,14 +506,21 @@ def evaluate_texts(args, run, config):
         record = json.loads((run / "texts.json").read_text())
     except (OSError, ValueError) as error:
         fail(f"{run}: {error}; python sample.py --run {run} --num 2048")
+    for name in ("images", "reference", "clip", "num_real", "floor"):
+        if getattr(args, name):
+            fail(f"{option(name)}: not for a run of texts")
+    if meta["fingerprint"] != config["data"]["fingerprint"]:
+        fail(f"--data {data}: not the texts that {run} was trained on")
     vocabulary, separator = meta["vocabulary"], " " if meta["level"] == "word" else ""
     known, references = ([[vocabulary[i] for i in row if i] for row in ids.tolist()]
                          for ids in (real, held_out[:TEXTS]))
     texts = [line.split() if separator else list(line) for line in lines]
-    texts = [text for text in texts if text]
+    empty, texts = sum(not text for text in texts), [text for text in texts if text]
     if len(texts) < 2:
         fail(f"{run / 'texts.txt'}: {len(texts)} texts that are not empty; it takes 2 or more")
     scored, metrics = texts[:TEXTS], {"warnings": []}
+    if empty:
+        metrics["warnings"].append(f"{empty} of {len(lines)} texts are empty and left out")
 
     def put(name, value, n_real, protocol, n=len(texts)):
         metrics[name] = {"value": value, "n_generated": n, "n_real": n_real, "protocol": protocol}
@@ -527,7 +539,7 @@ def evaluate_texts(args, run, config):
         put("nll", record["nll"], record["nll_texts"], "the generator's own, nats a token of held-out texts", None)
     if (data / "oracle.pt").exists():
         index = {token: i for i, token in enumerate(vocabulary)}
-        full = [[index[token] for token in text] for text in texts if len(text) == meta["length"]]
+        full = [[index.get(token, 1) for token in text] for text in texts if len(text) == meta["length"]]
         metrics["warnings"] += [f"{len(texts) - len(full)} texts have not the oracle's length and are left out of "
                                 "NLL_oracle"] * (len(full) < len(texts))
         if full:
@@ -730,8 +742,8 @@ def track(run, config, metrics):
             import wandb
             with wandb.init(project="gan", id=config["run_id"], resume="allow", dir=run) as tracked:
                 tracked.summary.update(values)
-    except ImportError as error:
-        print(f"note: not sent to --tracker: pip install {error.name}", file=sys.stderr)
+    except Exception as error:  # a tracker that cannot be reached is no reason to lose the figures
+        print(f"note: not sent to --tracker {' '.join(trackers)}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 # ---- runs side by side -----------------------------------------------------------------------------------------------
@@ -741,23 +753,30 @@ def compare(paths, out):
     found = [f.parent for p in paths for f in sorted([*Path(p).glob("config.json"), *Path(p).glob("*/config.json")])]
     if not found:
         fail(f"--compare {' '.join(paths)}: no run here (a folder with config.json); train.py makes them")
-    configs = [read_json(run / "config.json") for run in found]
-    options = [config["options"] | {"data": config["data"]["name"]} for config in configs]
+    runs = []
+    for run in found:
+        try:
+            config, log = read_json(run / "config.json"), read_log(run / "log.jsonl")
+            runs.append((run, config, log, config["options"] | {
+                "data": f"{config['data']['name']} {config['data']['fingerprint'][:8]}"}, config["hardware"]["name"]))
+        except (SystemExit, ValueError, KeyError, TypeError) as error:
+            print(f"note: {run} is left out, not a whole run of train.py ({type(error).__name__})", file=sys.stderr)
+    options = [entry[3] for entry in runs]
     usual = {}  # the value of more than half of the runs, of options that differ among them
     for k in dict.fromkeys(k for o in options for k in o if k not in ("out", "resume", "tracker")):
         (value, count), *others = Counter(json.dumps(o[k]) for o in options if k in o).most_common()
         if others:
             usual[k] = value if 2 * count > len(options) else None
     rows = []
-    for run, config, o in zip(found, configs, options):
-        log, status, metrics = read_log(run / "log.jsonl"), read_status(run), {}
+    for run, config, log, o, hardware in runs:
+        status, metrics = read_status(run), {}
         with contextlib.suppress(OSError, ValueError):
             metrics = json.loads((run / "metrics.json").read_text())
-        last, hardware = log[-1] if log else {}, config["hardware"]
+        last = log[-1] if log else {}
 
         def measure(name, digits):
             m = metrics.get(name)
-            return f"{m['value']:.{digits}f} ({m.get('n_generated')} / {m['n_real']})" if m else ""
+            return f"{m['value']:.{digits}f} ({m.get('n_generated') or '–'} / {m['n_real'] or '–'})" if m else ""
 
         def number(value, digits=3):
             return "" if value is None else f"{value:.{digits}f}"
@@ -770,16 +789,21 @@ def compare(paths, out):
             "epochs": number(last.get("epoch"), 1), "loss G / D": f"{number(last.get('loss_g'))} / "
             f"{number(last.get('loss_d'))}", "FID (generated / real)": measure("fid", 2), "KID": measure("kid", 5),
             "precision": measure("precision", 3), "recall": measure("recall", 3),
-            "time": duration(training_seconds(log)),
-            "hardware": f"{config['processes']} × {hardware['name']}, {hardware['cores']} cores",
-            "sample": str(run / "grids" / "latest.png")})
+            "BLEU-2": measure("bleu_2", 3), "self-BLEU-2": measure("self_bleu_2", 3), "NLL": measure("nll", 3),
+            "NLL_oracle": measure("nll_oracle", 3), "time": duration(training_seconds(log)),
+            "hardware": f"{config['processes']} × {hardware}, {config['hardware']['cores']} cores",
+            "sample": str(run / "grids" / ("latest.txt" if o["arch"] == "seq" else "latest.png"))})
+    if not rows:
+        fail(f"--compare {' '.join(paths)}: no whole run here")
+    rows = [{k: row[k] for k in row if any(r[k] for r in rows)} for row in rows]  # no column that is empty
     lines = [list(rows[0])] + [[str(cell) for cell in row.values()] for row in rows]
     escaped = [[re.sub(r"([|\\`*_<\[])", r"\\\1", cell) for cell in line] for line in lines]
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in [escaped[0], ["---"] * len(lines[0]), *escaped[1:]])
     sheet = io.StringIO()
     csv.writer(sheet).writerows(lines)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line[:-1]) + "<td class=small>" + (
-        embed(Path(line[-1]).read_bytes(), name=line[0]) if Path(line[-1]).exists() else "") + "</td></tr>"
+        embed(Path(line[-1]).read_bytes(), name=line[0]) if line[-1].endswith(".png") and Path(line[-1]).exists()
+        else "") + "</td></tr>"
         for line in lines[1:])
     head = "".join(f"<th>{html.escape(c)}</th>" for c in lines[0])
     for suffix, text in ((".md", markdown), (".csv", sheet.getvalue()), (".html", document(
@@ -886,11 +910,12 @@ def evaluate_images(args, run, config):
                 metrics[name] = {"value": value, "n_generated": n, "n_real": len(real["features"]), "protocol":
                                  f"Inception features, k = {NEIGHBOURS}" if name != "memorised" else "generated images "
                                  "that are nearer to a real one than any other real one is"}
-            if "rows" in real:
-                own, real_images = pixels_of(generated[:n]), open_images("--data", args.data)
+            if run and "rows" in real:
+                real_images = open_images("--data", args.data)
                 galleries.append((f"Nearest real images of the {GALLERY} samples that come closest to any, in "
                                   "Inception's features", [
-                    (side_by_side(own[i], *real_images[real["rows"][near]]), f"sample {i}, and the real ones")
+                    (side_by_side(picture(generated, i), *real_images[real["rows"][near]]),
+                     f"sample {i}, and real ones")
                     for i, near in zip(*nearest_real(real["features"], fake["features"][:n]))]))
     if "features" in fake and network.classes is not None:
         mean, std = inception_score(fake["features"], network.classes)
@@ -907,7 +932,7 @@ def evaluate_images(args, run, config):
             for heading, chosen in (("Captions drawn best", ranked[:-GALLERY - 1:-1]),
                                     ("Captions drawn worst", ranked[:GALLERY])):
                 galleries.append((f"{heading}: the generated image, the real one, their cosine", [
-                    (side_by_side(pixels_of(generated)[i], real_images[notes[i]["row"]]),
+                    (side_by_side(picture(generated, i), real_images[notes[i]["row"]]),
                      f"{notes[i]['caption']} ({cosine:.2f})") for i, cosine in chosen]))
             metrics |= attribute_rates(notes, pixels_of(generated), real_images, Path(args.data))
             if len(notes) < 100:
@@ -930,7 +955,7 @@ def main():
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
     if args.compare:
-        first = Path(args.compare[0])
+        first = next((Path(p) for p in args.compare if Path(p).is_dir()), Path("."))
         out = args.out or (first.parent if (first / "config.json").exists() else first) / "comparison"
         try:
             return compare(args.compare, out)

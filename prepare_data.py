@@ -396,13 +396,15 @@ def read_texts(args):
     for file in files or fail(f"--root {root}: no .txt or .jsonl in it"):
         try:
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            texts += [c for line in lines for c in json.loads(line)["captions"]] if file.suffix == ".jsonl" else lines
+            if file.suffix == ".jsonl":
+                told = [json.loads(line)["captions"] for line in lines if line.strip()]
+                lines = [c for captions in told for c in ([captions] if isinstance(captions, str) else captions)]
+            texts += [" ".join("".join(c if c.isprintable() else " " for c in text).split()) for text in lines]
         except OSError as error:
             fail(f"--root {file}: {error.strerror}")
         except (ValueError, KeyError, TypeError) as error:
             fail(f"--root {file}: not lines like {{\"captions\": [\"a text\"]}} ({type(error).__name__}: {error})")
-    texts = ("".join(c for c in text if c.isprintable()).strip() for text in texts[:args.num])
-    return [text for text in texts if text]
+    return [text for text in texts if text][:args.num]
 
 
 def write_texts(args, folder):
@@ -411,13 +413,13 @@ def write_texts(args, folder):
     Ids: 0 padding, 1 <unk>, then the tokens by how often they occur.
     """
     split = [tuple(words_of(text) if args.level == "word" else text) for text in read_texts(args)]
-    split = [text for text in split if text]
+    longest = max(map(len, split), default=0)
+    length = args.length or min(longest, MAX_WORDS if args.level == "word" else 4 * MAX_WORDS)
+    cut, split = sum(len(text) > length for text in split), [text[:length] for text in split if text]
     different = sorted(set(split))
-    if len(different) < 20:
-        fail(f"--root {args.root}: {len(different)} different texts; it takes 20 or more")
-    length = args.length or min(max(map(len, split)), MAX_WORDS if args.level == "word" else 4 * MAX_WORDS)
-    kept = {text[:length] for text in different}
-    held = set(random.Random(args.seed).sample(sorted(kept), max(1, len(kept) // 10)))
+    if len(different) < 20 or length < 2:
+        fail(f"--root {args.root}: {len(different)} different texts of up to {length} tokens; it takes 20 of 2 or more")
+    held = set(random.Random(args.seed).sample(different, len(different) // 10))
     counts = Counter(token for text in split for token in text)
     vocabulary = ["", "<unk>"] + [token for token, _ in counts.most_common(MAX_VOCABULARY - 2)]
     index = {token: i for i, token in enumerate(vocabulary)}
@@ -427,9 +429,8 @@ def write_texts(args, folder):
         for row, text in zip(ids, texts):
             row[:len(text)] = [index.get(token, 1) for token in text]
         return ids
-    texts = [text[:length] for text in split]
-    return save_texts(args, folder, to_ids([text for text in texts if text not in held]), to_ids(sorted(held)),
-                      vocabulary, sum(len(text) > length for text in split))
+    return save_texts(args, folder, to_ids([text for text in split if text not in held]), to_ids(sorted(held)),
+                      vocabulary, cut)
 
 
 def write_oracle(args, folder):
@@ -553,8 +554,10 @@ def parse_args(argv=None):
         fail(f"--root is missing: the {'file of texts' if args.source == 'text' else 'folder or archive of images'}")
     if args.source != "text" and (args.synthetic_oracle or args.length):
         fail(f"--{'length' if args.length else 'synthetic-oracle'}: not for {args.source}, but for text")
+    if args.synthetic_oracle and (args.root or args.level == "char"):
+        fail(f"--synthetic-oracle draws words of its own: without --{'root' if args.root else 'level char'}")
     for option in ("captions", "text_encoder"):
-        if getattr(args, option) and args.source in TORCHVISION + ("shapes",) * (option == "captions"):
+        if getattr(args, option) and args.source in TORCHVISION + ("text",) + ("shapes",) * (option == "captions"):
             fail(f"--{option.replace('_', '-')}: not for {args.source}")
     if args.source == "coco" and args.captions is None:
         fail("--captions is missing: the JSON file of COCO's captions")
@@ -597,7 +600,8 @@ def main():
             shutil.rmtree(left, ignore_errors=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopped.append(number))
+        signal.signal(number, lambda number, frame: sys.exit(128 + number) if args.source == "text" else
+                      stopped.append(number))
     try:
         partial.mkdir(parents=True)
         if args.source == "text":

@@ -210,6 +210,8 @@ def write_texts(args, generator, saved, folder, device):
         if getattr(args, name):
             fail(f"--{name.replace('_', '-')}: not for a generator of texts")
     out, texts = Path(args.out or folder / "texts.txt"), []
+    if out.suffix != ".txt":
+        fail(f"--out {out}: texts go into a file whose name ends in .txt")
     for first in range(0, args.num, BLOCK):
         z = latents(args.seed, range(first, first + BLOCK), generator.noise_dim).to(device)
         with torch.inference_mode():
@@ -219,6 +221,8 @@ def write_texts(args, generator, saved, folder, device):
     try:
         data = Path(args.data or json.loads((folder / "config.json").read_text())["options"]["data"])
         held_out = torch.from_numpy(np.load(data / "held_out.npy").astype(np.int64))
+        if json.loads((data / "meta.json").read_text())["vocabulary"] != saved["vocabulary"]:
+            raise ValueError(f"{data} has another vocabulary")
         with torch.inference_mode():
             parts = [generator.likelihood(part.to(device)) for part in held_out.split(BLOCK)]
         losses, counts = (torch.cat(part) for part in zip(*parts))
@@ -286,9 +290,9 @@ def write_film(run):
     if len(files) < 2:
         fail(f"--film {run}: {len(files)} grids in {run / 'grids'}, where train.py leaves one every --grid-every steps")
     files = [files[round(i)] for i in np.linspace(0, len(files) - 1, min(len(files), FILM))]
-    frames = []
+    frames, size = [], Image.open(files[-1]).size
     for path in files:
-        grid = Image.open(path).convert("RGB")
+        grid = Image.open(path).convert("RGB").resize(size, Image.Resampling.NEAREST)  # --grow begins smaller
         frames.append(Image.new("RGB", (grid.width, grid.height + 14), "white"))
         frames[-1].paste(grid)
         ImageDraw.Draw(frames[-1]).text((4, grid.height + 1), f"step {int(path.stem[5:])}", fill="black")
@@ -326,6 +330,8 @@ def main():
         fail(f"--run {error}")
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})")
+    if args.temperature != 1 and saved["model"]["arch"] != "seq":
+        fail("--temperature: for generators of texts (--arch seq)")
     if saved["model"]["arch"] == "seq":
         try:
             return write_texts(args, generator, saved, folder, device)

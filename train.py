@@ -47,7 +47,7 @@ STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "g
          "clipped_d")
 # options that a resumed run may change: where, how long and how it is watched (a cosine then ends with the new length)
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device", "compile",
-        "max_skips", "fid_every", "fid_num", "patience", "tracker"}
+        "max_skips", "fid_every", "fid_num", "patience", "tracker", "changed"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -171,6 +171,7 @@ def parse_args(argv=None):
     add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there is one; "
         "never: start over and replace what RUN holds; or a checkpoint's path")
     args = parser.parse_args(argv)
+    args.changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}  # for the report
     for name, default in LOSSES[args.loss][2].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -1069,12 +1070,13 @@ def train_step(t, images, condition):
 
 def likelihood_step(t, tokens, condition):
     """One update of G alone towards the likelihood of texts (B, L): what --pretrain-epochs are made of."""
-    torch.manual_seed(seed_of(t.args.seed, t.step, t.rank))
-    with t.autocast():
-        loss, counts = t.g.net.likelihood(tokens.long())
-    loss, seen = (loss * counts).sum() / counts.sum(), {}
-    t.g.scaler.scale(loss).backward()
-    tally(seen, 1, loss_g=loss)
+    seen, parts = {}, tokens.long().chunk(t.args.grad_accum)
+    for part in parts:
+        with t.autocast():
+            loss, counts = t.g.net.likelihood(part)
+        loss = (loss * counts).sum() / counts.sum()
+        t.g.scaler.scale(loss / len(parts)).backward()
+        tally(seen, len(parts), loss_g=loss)
     update(t, t.g, "g", seen, t.args.pretrain_lr)
     average(t)
     record(t, seen)
@@ -1087,8 +1089,8 @@ def average(t):
 
 
 def spread(x):
-    """How much a batch (B, …, H, W) varies: the mean standard deviation; one number in 16 tells as well as all do."""
-    return x.detach()[..., ::4, ::4].float().std(0).mean()
+    """How much a batch (B, …) varies: the mean standard deviation; of images one pixel in 16 tells enough."""
+    return (x.detach()[..., ::4, ::4] if x.ndim == 4 else x.detach()).float().std(0).mean()
 
 
 def tally(seen, parts, **values):
@@ -1114,7 +1116,8 @@ def update(t, side, name, seen, lr=None):
     if t.args.clip_grad:
         nn.utils.clip_grads_with_norm_(params, t.args.clip_grad, norm)
     skip = 1 - torch.isfinite(norm + loss.sum()).float()
-    side.optimizer.param_groups[0]["lr"] = learning_rate(lr or side.lr, t.args, t.step, t.schedule_steps)
+    side.optimizer.param_groups[0]["lr"] = learning_rate(
+        side.lr if lr is None else lr, t.args, t.step, t.schedule_steps)
     side.optimizer.found_inf = skip  # a fused optimiser then leaves weights, moments and step count alone
     if t.args.optimizer == "rmsprop":  # not fused: no gradient moves no weight, and the moments are put back
         squares = [side.optimizer.state[p]["square_avg"] for p in params if p in side.optimizer.state]
@@ -1280,8 +1283,8 @@ def log_interval(t, times):
     mean = {name: s / c if c else None for name, s, c in zip(STATS, sums, counts)}  # None: never finite, see skipped_*
     lr_g, lr_d = (side.optimizer.param_groups[0]["lr"] for side in (t.g, t.d))
     t.last = {"step": t.step, "epoch": round(t.step / t.steps_per_epoch, 4), "images": t.step * t.args.batch_size,
-              **mean, "lr_g": lr_g, "lr_d": lr_d, "temperature": temperature_at(t, t.step - 1), "skipped_g": int(skips[0][0]),
-              "skipped_d": int(skips[0][1]), "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
+              **mean, "lr_g": lr_g, "lr_d": lr_d, "temperature": temperature_at(t, t.step - 1),
+              "skipped_g": int(skips[0][0]), "skipped_d": int(skips[0][1]), "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
               "images_per_second": t.args.batch_size * len(ms) / (time.perf_counter() - t.logged)}
     t.logged = time.perf_counter()
     if t.rank == 0:
@@ -1334,18 +1337,14 @@ def track(t, values, picture=None):
         t.wandb.log(numbers | {"step": t.step} | ({"grid": wandb.Image(picture)} if picture else {}))
 
 
-def close_trackers(t, finished):
-    final = {f"final/{k}": v for k, v in (t.last or {}).items() if finished and isinstance(v, (int, float))}
-    if t.best and finished:
-        final["final/fid"] = t.best["fid"]
-    if t.tensorboard:
-        if final:
-            options = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(t.args).items()}
-            t.tensorboard.add_hparams(options, final, run_name=".")
-        t.tensorboard.close()
-    if t.wandb:
-        t.wandb.summary.update(final)
-        t.wandb.finish()
+def close_trackers(t):
+    try:
+        if t.tensorboard:
+            t.tensorboard.close()
+        if t.wandb:
+            t.wandb.finish()
+    except Exception as error:  # they only watch
+        print(f"note: --tracker: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def write_grid(t):
@@ -1353,9 +1352,11 @@ def write_grid(t):
     if t.rank == 0:
         with torch.inference_mode():
             drawn = t.ema(t.grid_z, t.grid_condition)
+        samples = drawn.argmax(2).cpu() if drawn.ndim == 3 else to_pixels(drawn)
         for name in (f"step_{t.step:07d}", "latest"):
-            show(t, name, drawn.argmax(2).cpu() if drawn.ndim == 3 else to_pixels(drawn))
-        track(t, {}, None if drawn.ndim == 3 else make_grid(to_pixels(drawn)))
+            show(t, name, samples)
+        if samples.ndim == 4:
+            track(t, {}, make_grid(samples))
 
 
 def show(t, name, samples):
@@ -1450,8 +1451,6 @@ def find_precision(name, device):
 def set_up(args, images, conditions, meta, device, rank, world):
     """Everything that training holds, in one namespace: options, data, networks, optimisers, counters."""
     length, size, labels = meta.get("length"), meta["size"], conditions if args.condition == "label" else None
-    defaults = vars(parse_args(["--data", "", "--out", ""]))
-    changed = {k: v for k, v in vars(args).items() if v != defaults[k]}
     if bool(length) != (args.arch == "seq"):
         fail(f"--arch {args.arch}: {args.data} holds {'texts, for --arch seq' if length else 'images'}")
     if not length:
@@ -1460,7 +1459,7 @@ def set_up(args, images, conditions, meta, device, rank, world):
             fail(f"--data {args.data}: {size} pixels halved {args.depth} times (--depth) do not end at 2 to 15 pixels; "
                  f"sizes like 28, 32, 64 or 128 do")
     if args.batch_size > len(images):
-        fail(f"--batch-size {args.batch_size}: {args.data} has only {len(images)} images")
+        fail(f"--batch-size {args.batch_size}: {args.data} has only {len(images)} {'texts' if length else 'images'}")
     if args.batch_size % (world * args.grad_accum):
         fail(f"--batch-size {args.batch_size}: not divisible by {world} processes × {args.grad_accum} (--grad-accum)")
     args.width_d = args.width_d or args.width
@@ -1498,7 +1497,8 @@ def set_up(args, images, conditions, meta, device, rank, world):
 
     rows = np.arange(len(images)) if labels is None else np.argsort(labels, kind="stable")
     t = SimpleNamespace(
-        args=args, unit="texts" if length else "images", out=Path(args.out), device=device, rank=rank, world=world, amp=amp, autocast=autocast,
+        args=args, unit="texts" if length else "images", out=Path(args.out), device=device, rank=rank, world=world,
+        amp=amp, autocast=autocast,
         images=images, conditions=conditions, meta=meta, sizes=model["sizes"], model=model, g=side(G, args.lr_g),
         d=side(D, args.lr_d), ema=ema,
         g_buffers=[b for b in G.buffers() if b.is_floating_point()], g_tensors=floats(G), ema_tensors=floats(ema),
@@ -1510,7 +1510,7 @@ def set_up(args, images, conditions, meta, device, rank, world):
         zero=torch.zeros((), device=device), grid_z=latents(args.seed, range(GRID), G.noise_dim).to(device),
         grid_rows=rows[:: max(1, len(rows) // GRID)][:GRID],  # whose conditions the grid shows
         class_counts=None if labels is None else np.bincount(labels, minlength=known).tolist(),
-        changed=changed, tensorboard=None, wandb=None, ms=[], last=None, begun=0, recent=[], warned={}, best=None)
+        tensorboard=None, wandb=None, ms=[], last=None, begun=0, recent=[], warned={}, best=None)
     t.grid_condition = condition_of(t, conditions, np.resize(t.grid_rows, GRID), np.zeros(GRID))
     return t
 
@@ -1531,7 +1531,8 @@ def find_sizes(args, size):
 def describe(t):
     """What config.json holds: options as resolved, versions, hardware, the data's fingerprint."""
     device = torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else platform.processor() or "cpu"
-    return {"run_id": t.run_id, "options": vars(t.args), "changed": t.changed, "amp": t.amp,
+    options = {k: v for k, v in vars(t.args).items() if k != "changed"}
+    return {"run_id": t.run_id, "options": options, "changed": t.args.changed, "amp": t.amp,
             "model": t.model, "processes": t.world,
             "parameters": {"G": sum(p.numel() for p in t.g.params), "D": sum(p.numel() for p in t.d.params)},
             "data": {k: t.meta[k] for k in ("name", "count", "size", "channels", "fingerprint")} | {
@@ -1605,8 +1606,11 @@ def begin(t, path):
     if path is not None:
         with contextlib.suppress(OSError, ValueError, KeyError):
             t.run_id = json.loads((t.out / "config.json").read_text())["run_id"]
-    open_trackers(t)
     write_json(t.out / "config.json", describe(t))
+    try:
+        open_trackers(t)
+    except Exception as error:  # no key, no network: each in its own way
+        fail(f"--tracker {' '.join(t.args.tracker)}: {type(error).__name__}: {error}")
     show(t, "real", t.images[t.grid_rows])
     write_status(t, "running")
     parameters = [sum(p.numel() for p in side.params) / 1e6 for side in (t.g, t.d)]
@@ -1620,7 +1624,7 @@ def begin(t, path):
 def run(t, signals, path):
     """Train, and leave RUN/ in a state that says how it ended."""
     start = time.perf_counter()
-    t.bar = tqdm(total=t.total, initial=t.step, unit="img", unit_scale=t.args.batch_size, mininterval=1,
+    t.bar = tqdm(total=t.total, initial=t.step, unit=" " + t.unit, unit_scale=t.args.batch_size, mininterval=1,
                  disable=None if t.rank == 0 else True,
                  bar_format="{desc} {percentage:3.0f}% |{bar:10}| {rate_noinv_fmt}, {remaining} left{postfix}")
     try:
@@ -1643,14 +1647,15 @@ def run(t, signals, path):
         raise
     finally:
         t.bar.close()
-        close_trackers(t, t.step >= t.total)
     if number and t.step < t.total:
         write_status(t, "interrupted", signal=signal.Signals(number).name)
+        close_trackers(t)
         if t.world > 1:
             dist.barrier(signals.group)  # the one that writes is not left behind
         fail(f"{signal.Signals(number).name}: saved at step {t.step} of {t.total}; the same command goes on"
              + ("" if t.args.resume == "auto" else " with --resume auto"), TRY_AGAIN)
     write_status(t, "finished", seconds=round(time.perf_counter() - start, 1))
+    close_trackers(t)
     if t.rank == 0:
         print(summary(t, time.perf_counter() - start), flush=True)
 

@@ -18,8 +18,6 @@ import pytest
 from conftest import ROOT, TINY, call, log_of, refused
 from PIL import Image
 
-import evaluate
-import train
 
 
 def optional(name):
@@ -45,7 +43,7 @@ def test_progress_line(shapes, tmp_path):
     assert process.returncode == 0 and "step 4/" not in out
     line = shown.decode().replace("\n", "\r").rstrip("\r").split("\r")[-1].strip()
     last = log_of(tmp_path / "a")[-1]
-    assert re.match(r"epoch 2\.0: +100% \|█+\| [\d.]+k?img/s, 00:00 left, G [\d.-]+ D [\d.]+ right [\d.]+/[\d.]+$", line), line
+    assert re.match(r"epoch 2\.0: +100% \|█+\| [\d.]+k? images/s, 00:00 left, G [\d.-]+ D [\d.]+ right [\d.]+/[\d.]+$", line), line
     assert f"G {last['loss_g']:.3f} D {last['loss_d']:.3f} right {last['acc_real']:.3f}/{last['acc_fake']:.3f}" in line
     assert len(line) < 100 and shown.count(b"\n") == 1
     done = call("train.py", "--data", shapes, "--out", tmp_path / "b", *TINY, "--epochs", "2")
@@ -62,20 +60,20 @@ def tracked(shapes, tmp_path_factory):
     call(*options, "--max-steps", "12", **settings)
     (run / "checkpoint.pt").unlink()  # what is left is that of step 8
     call(*options, "--max-steps", "16", **settings)
+    code = "import evaluate as e, json, sys; from pathlib import Path; run = Path(sys.argv[1]); " \
+           "e.track(run, e.read_json(run / 'config.json'), {'fid': {'value': 12.5}, 'warnings': []})"
+    call(sys.executable, "-c", code, run, cwd=ROOT, **settings)
     return run
 
 
 def test_tensorboard(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    evaluate.track(tracked, json.loads((tracked / "config.json").read_text()) | {"options": {"tracker": ["tensorboard"]}},
-                   {"fid": {"value": 12.5}, "warnings": []})
     events = EventAccumulator(str(tracked / "tensorboard"))
     events.Reload()
     expected = [(line["step"], pytest.approx(line["loss_d"])) for line in log_of(tracked)]
     assert [(e.step, e.value) for e in events.Scalars("loss_d")] == expected and len(expected) == 4
     assert [e.step for e in events.Images("grid")] == [8, 16]
     assert [(e.step, e.value) for e in events.Scalars("evaluate/fid")] == [(16, 12.5)]
-    assert events.Scalars("final/loss_g")[-1].value == pytest.approx(log_of(tracked)[-1]["loss_g"])
     config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert '"batch_size": 16' in config
 
@@ -112,7 +110,7 @@ def test_wandb(tracked):
     losses = {row["step"]: row["loss_d"] for row in history if "loss_d" in row}
     assert losses == {line["step"]: pytest.approx(line["loss_d"]) for line in log_of(tracked)}
     assert any("grid" in row for row in history)
-    assert summary["final/loss_g"] == pytest.approx(log_of(tracked)[-1]["loss_g"])
+    assert summary["evaluate/fid"] == 12.5
 
 
 def test_missing_tracker_is_one_line(shapes, tmp_path):
@@ -146,6 +144,9 @@ def test_comparison(trained, tmp_path):
         (run / "config.json").write_text(json.dumps(config | {"options": config["options"] | {"out": name} | more}))
     metrics = {"fid": {"value": 12.345, "n_generated": 40, "n_real": 60}, "warnings": []}
     (runs / "one" / "metrics.json").write_text(json.dumps(metrics))
+    for name, text in (("foreign", "{}"), ("damaged", "{")):
+        (runs / name).mkdir()
+        (runs / name / "config.json").write_text(text)
     assert "3 runs; what differs: --lr-g" in call("evaluate.py", "--compare", runs).stdout
     rows = list(csv.DictReader((runs / "comparison.csv").open()))
     assert [Path(row["run"]).name for row in rows] == ["a|b<i>", "one", "two"]
@@ -154,7 +155,7 @@ def test_comparison(trained, tmp_path):
     last = log_of(trained)[-1]
     assert rows[0]["loss G / D"] == f"{last['loss_g']:.3f} / {last['loss_d']:.3f}" and rows[0]["epochs"] == "3.0"
     table = (runs / "comparison.md").read_text().splitlines()
-    assert len(table) == 5 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {17}
+    assert len(table) == 5 and len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     page = (runs / "comparison.html").read_text()
     assert page.count("data:image/png;base64") == 3 and "<i>" not in page
     call("evaluate.py", "--compare", runs / "one", runs / "two", "--out", tmp_path / "pair")
@@ -186,6 +187,7 @@ def test_changed_options_and_unfinished_runs_in_the_report(trained, tmp_path):
     config = json.loads((run / "config.json").read_text())
     assert config["changed"]["width"] == 8 and config["changed"]["condition"] == "label"
     assert "lr_g" not in config["changed"] and "depth" not in config["changed"]
+    import evaluate
     evaluate.write_report(run, {"warnings": []}, config, [("Pictures", [(np.zeros((8, 16, 3), np.uint8), "<sample>")])])
     page = (run / "report.html").read_text()
     changed = page[page.index("Options that differ"):page.index("The others")]
