@@ -197,7 +197,7 @@ def inception_features(network, images, device, indices=None):
         return x.expand(-1, 3, -1, -1)
 
     features = np.empty((len(indices), 2048), np.float32)
-    with ThreadPoolExecutor(1) as thread, tqdm(total=len(indices), unit="img", disable=None) as bar, \
+    with ThreadPoolExecutor(1) as thread, tqdm(total=len(indices), unit="img", leave=False, disable=None) as bar, \
             torch.inference_mode():
         ahead = thread.submit(gather, 0)
         for start in range(0, len(indices), BATCH):
@@ -591,10 +591,13 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top;
 border-bottom: 1px solid var(--line); } .wide { overflow-x: auto; }
 figure { margin: 0; flex: 1 1 18rem; } .side { display: flex; flex-wrap: wrap; gap: 1.5rem; }
-.small { max-width: 16rem; } .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr));
+.wide img.plot { min-width: 44rem; } .small { max-width: 16rem; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr));
 gap: 1rem 1.5rem; } figcaption { font-size: .85rem; }
 img { width: 100%; image-rendering: pixelated; } img.plot { image-rendering: auto; background: #fff; }
 .warn { border-left: 4px solid #c80; padding-left: .8rem; }
+body:has(.runs) { max-width: none; } .runs td { min-width: 4rem; } .runs td:nth-child(2) { min-width: 10rem; }
+.runs td:nth-child(5) { min-width: 16rem; }
 @media print { body { margin: 0; } h2 { break-after: avoid; } figure, img { break-inside: avoid; } }
 """
 
@@ -673,7 +676,10 @@ def table(rows):
 def metric_rows(metrics):
     rows = [("measure", "value", "generated", "real", "protocol")]
     names = {"fid": "FID", "kid": "KID", "floor": "FID, real against real", "cosine": "cosine with its own real image",
-             "r_precision": "R-precision", "clip": "CLIP score", "inception_score": "Inception Score"}
+             "r_precision": "R-precision", "clip": "CLIP score", "inception_score": "Inception Score", "nll": "NLL",
+             "nll_oracle": "NLL by the oracle", "nll_oracle_real": "the same of real texts"}
+    names |= {f"{k}bleu_{n}": f"{k.replace('_', '-')}BLEU-{n}" for k in ("", "self_") for n in range(2, 6)}
+    names |= {f"distinct_{n}": f"distinct-{n}" for n in (1, 2)}
     for key, m in metrics.items():
         if isinstance(m, dict) and "protocol" in m:
             digits = 5 if key == "kid" else 2 if key in ("fid", "floor", "clip", "inception_score") else 3
@@ -698,17 +704,20 @@ def write_report(run, metrics, config, galleries=()):
                      f"images of {data.get('size')}×{data.get('size')}; ") +
                  f"{status['step']} of {config.get('steps')} steps in {duration(training_seconds(log))} on "
                  f"{config.get('processes')} × {hardware.get('name')}, {hardware.get('cores')} cores "
-                 f"({hardware.get('platform')}), {config.get('amp')}.") + "</p>"]
+                 f"({hardware.get('platform')}), {config.get('amp')}, torch {config.get('versions', {}).get('torch')}; "
+                 f"{status['time'][:10]}.") + "</p>"]
     parts += [f'<p class="warn">While it trained: {html.escape(w)}</p>' for w in status["warnings"]]
     parts += [f'<p class="warn">{html.escape(w)}</p>' for w in metrics["warnings"]]
-    parts += ["<h2>Measures</h2>", table(metric_rows(metrics))]
+    asked = ", ".join(f"{k} {v}" for k, v in metrics.get("samples", {}).items()
+                      if k in ("num", "seed", "step", "temperature", "truncation") and v is not None)
+    parts += ["<h2>Measures</h2>", table(metric_rows(metrics))] + [f"<p>Samples: {html.escape(asked)}.</p>"] * bool(asked)
     if grids:
         parts += ["<h2>Generated beside real</h2><div class=side>"] + [
             f"<figure>{embed(path.read_bytes(), name=name)}<figcaption>{name}</figcaption></figure>"
             for name, path in (("generated", grids[-1]), ("real", run / "grids" / "real.png"))] + ["</div>"]
     if (run / "captions.png").exists():
         picture = embed((run / "captions.png").read_bytes(), name="captions", style="plot")
-        parts.append(f"<h2>Generated, real, and the caption of both</h2><figure>{picture}</figure>")
+        parts.append(f"<h2>Generated, real, and the caption of both</h2><div class=wide>{picture}</div>")
     for heading, items in galleries:
         parts += [f"<h2>{html.escape(heading)}</h2><div class=gallery>"] + [
             f"<p>{html.escape(item)}</p>" if isinstance(item, str) else
@@ -719,11 +728,13 @@ def write_report(run, metrics, config, galleries=()):
         picture = embed(walk.read_bytes(), "webp", "walk between latents")
         parts.append(f"<h2>From latent to latent</h2><figure class=small>{picture}</figure>")
     if log:
-        parts += ["<h2>Training</h2>", embed(plot_curves(log), name="curves of training", style="plot")]
+        curves = embed(plot_curves(log), name="curves of training", style="plot")
+        parts.append(f"<h2>Training</h2><div class=wide>{curves}</div>")
     options, changed = config.get("options", {}), config.get("changed", {})
     for heading, part in (("Options that differ from the defaults", changed),
                           ("The others", {k: v for k, v in options.items() if k not in changed and v is not None})):
-        parts += [f"<h2>{heading}</h2>", table([("option", "value"), *((option(k), v) for k, v in part.items())])]
+        parts += [f"<h2>{heading}</h2>", table([("option", "value"), *(
+            (option(k), " ".join(v) if isinstance(v, list) else v) for k, v in part.items())])]
     with whole_file(run / "report.html") as file:
         file.write(document(run.resolve().name, "".join(parts)).encode("utf-8", "replace"))
 
@@ -763,7 +774,8 @@ def compare(paths, out):
             print(f"note: {run} is left out, not a whole run of train.py ({type(error).__name__})", file=sys.stderr)
     options = [entry[3] for entry in runs]
     usual = {}  # the value of more than half of the runs, of options that differ among them
-    for k in dict.fromkeys(k for o in options for k in o if k not in ("out", "resume", "tracker")):
+    for k in dict.fromkeys(k for o in options for k in o
+                           if k not in ("out", "resume", "tracker", "device", "log_every", "save_every", "grid_every")):
         (value, count), *others = Counter(json.dumps(o[k]) for o in options if k in o).most_common()
         if others:
             usual[k] = value if 2 * count > len(options) else None
@@ -774,25 +786,24 @@ def compare(paths, out):
             metrics = json.loads((run / "metrics.json").read_text())
         last = log[-1] if log else {}
 
-        def measure(name, digits):
-            m = metrics.get(name)
-            return f"{m['value']:.{digits}f} ({m.get('n_generated') or '–'} / {m['n_real'] or '–'})" if m else ""
-
         def number(value, digits=3):
             return "" if value is None else f"{value:.{digits}f}"
+        scored = {k: m for k, m in metrics.items() if isinstance(m, dict) and "value" in m}
+        first = scored.get("fid") or scored.get("bleu_2") or {}
         rows.append({
-            "run": str(run), "date": status["time"][:10], "state": status["state"],
-            "differs from most": ", ".join(
+            "run": str(run), "sample": str(run / "grids" / ("latest.txt" if o["arch"] == "seq" else "latest.png")),
+            "date": status["time"][:10], "state": status["state"], "differs from most": ", ".join(
                 f"{option(k)} {o[k]}" for k in usual if k in o and json.dumps(o[k]) != usual[k]),
-            "batch": o["batch_size"],
-            "lr G / D": f"{o['lr_g']:g} / {o['lr_d']:g}", "latent": o["latent_dim"],
-            "epochs": number(last.get("epoch"), 1), "loss G / D": f"{number(last.get('loss_g'))} / "
-            f"{number(last.get('loss_d'))}", "FID (generated / real)": measure("fid", 2), "KID": measure("kid", 5),
-            "precision": measure("precision", 3), "recall": measure("recall", 3),
-            "BLEU-2": measure("bleu_2", 3), "self-BLEU-2": measure("self_bleu_2", 3), "NLL": measure("nll", 3),
-            "NLL_oracle": measure("nll_oracle", 3), "time": duration(training_seconds(log)),
-            "hardware": f"{config['processes']} × {hardware}, {config['hardware']['cores']} cores",
-            "sample": str(run / "grids" / ("latest.txt" if o["arch"] == "seq" else "latest.png"))})
+            "batch": o["batch_size"], "lr G": f"{o['lr_g']:g}", "lr D": f"{o['lr_d']:g}", "latent": o["latent_dim"],
+            "epochs": number(last.get("epoch"), 1), "loss G": number(last.get("loss_g")),
+            "loss D": number(last.get("loss_d")), "generated": first.get("n_generated") or "",
+            "real": first.get("n_real") or "",
+            **{title: number(scored.get(key, {}).get("value"), digits) for key, title, digits in (
+                ("fid", "FID", 2), ("kid", "KID", 5), ("precision", "precision", 3), ("recall", "recall", 3),
+                ("bleu_2", "BLEU-2", 3), ("self_bleu_2", "self-BLEU-2", 3), ("nll", "NLL", 3),
+                ("nll_oracle", "NLL by the oracle", 3))},
+            "time": duration(training_seconds(log)),
+            "hardware": f"{config['processes']} × {hardware}, {config['hardware']['cores']} cores"})
     if not rows:
         fail(f"--compare {' '.join(paths)}: no whole run here")
     rows = [{k: row[k] for k in row if any(r[k] for r in rows)} for row in rows]  # no column that is empty
@@ -801,13 +812,13 @@ def compare(paths, out):
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in [escaped[0], ["---"] * len(lines[0]), *escaped[1:]])
     sheet = io.StringIO()
     csv.writer(sheet).writerows(lines)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line[:-1]) + "<td class=small>" + (
-        embed(Path(line[-1]).read_bytes(), name=line[0]) if line[-1].endswith(".png") and Path(line[-1]).exists()
-        else "") + "</td></tr>"
-        for line in lines[1:])
+    def cell(name, text):
+        shown = name == "sample" and text.endswith(".png") and Path(text).exists()
+        return f"<td>{embed(Path(text).read_bytes(), name=text) if shown else html.escape(text)}</td>"
+    body = "".join(f"<tr>{''.join(map(cell, lines[0], line))}</tr>" for line in lines[1:])
     head = "".join(f"<th>{html.escape(c)}</th>" for c in lines[0])
-    for suffix, text in ((".md", markdown), (".csv", sheet.getvalue()), (".html", document(
-            "Runs compared", f'<h1>Runs compared</h1><div class="wide"><table><tr>{head}</tr>{body}</table></div>'))):
+    page = f'<h1>Runs compared</h1><div class="wide"><table class=runs><tr>{head}</tr>{body}</table></div>'
+    for suffix, text in ((".md", markdown), (".csv", sheet.getvalue()), (".html", document("Runs compared", page))):
         with whole_file(f"{out}{suffix}") as file:
             file.write(text.encode("utf-8", "replace"))
     print(f"{out}.md, .csv, .html: {len(rows)} runs; what differs: {', '.join(map(option, usual)) or 'nothing'}")
@@ -936,7 +947,7 @@ def evaluate_images(args, run, config):
                      f"{notes[i]['caption']} ({cosine:.2f})") for i, cosine in chosen]))
             metrics |= attribute_rates(notes, pixels_of(generated), real_images, Path(args.data))
             if len(notes) < 100:
-                metrics["warnings"].append("R-precision takes 100 images or more")
+                metrics["warnings"].append(f"no R-precision: it takes 100 images or more, here are {len(notes)}")
         elif "row" not in notes[0]:
             metrics["warnings"].append("drawn for captions of your own choice: the FID compares them with all of the "
                                        "data, and how well they match is not measured")
@@ -967,10 +978,14 @@ def main():
         config = read_json(run / "config.json")
     texts = run and config["model"]["arch"] == "seq"
     metrics, galleries = (evaluate_texts if texts else evaluate_images)(args, run, config)
-    if run and read_status(run)["state"] in ("interrupted", "failed"):
-        status = read_status(run)
-        metrics["warnings"].append(f"training stopped at step {status['step']} of {config['steps']} ({status['state']}"
-                                   f"): the same train.py command goes on")
+    status, drawn = read_status(run) if run else {"step": None}, metrics.get("samples", {}).get("step")
+    if status["step"] is not None and status["state"] != "finished":
+        state = "still running, or killed" if status["state"] == "running" else status["state"]
+        metrics["warnings"].append(f"training is at step {status['step']} of {config['steps']} ({state}): the same "
+                                   f"train.py command goes on")
+    if drawn is not None and status["step"] is not None and drawn < status["step"]:
+        metrics["warnings"].append(f"drawn from the generator of step {drawn}; training is at step {status['step']}: "
+                                   f"call sample.py again, unless that is the one you mean")
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     target = Path(args.out) if args.out else run / "metrics.json" if run else None
     try:

@@ -419,7 +419,7 @@ def write_texts(args, folder):
     different = sorted(set(split))
     if len(different) < 20 or length < 2:
         fail(f"--root {args.root}: {len(different)} different texts of up to {length} tokens; it takes 20 of 2 or more")
-    held = set(random.Random(args.seed).sample(different, len(different) // 10))
+    held = random.Random(args.seed).sample(different, len(different) // 10)
     counts = Counter(token for text in split for token in text)
     vocabulary = ["", "<unk>"] + [token for token, _ in counts.most_common(MAX_VOCABULARY - 2)]
     index = {token: i for i, token in enumerate(vocabulary)}
@@ -429,8 +429,9 @@ def write_texts(args, folder):
         for row, text in zip(ids, texts):
             row[:len(text)] = [index.get(token, 1) for token in text]
         return ids
-    return save_texts(args, folder, to_ids([text for text in split if text not in held]), to_ids(sorted(held)),
-                      vocabulary, cut)
+    unseen = set(held)
+    tokens = to_ids([text for text in split if text not in unseen])
+    return save_texts(args, folder, tokens, to_ids(held), vocabulary, cut)
 
 
 def write_oracle(args, folder):

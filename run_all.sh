@@ -63,8 +63,8 @@ case $recipe in
                        --flip)
                 count=10000 ;;
     captions)   prepare=(text --level word)
-                train=(--arch seq --loss relativistic --r1 0 --r2 0 --width 64 --batch-size 64 --epochs 12
-                       --pretrain-epochs 4 --lr-g 1e-4 --lr-d 1e-4 --clip-grad 5 --log-every 50)
+                train=(--arch seq --loss relativistic --width 64 --batch-size 64 --epochs 8 --pretrain-epochs 4
+                       --lr-g 1e-4 --lr-d 1e-4 --clip-grad 5)
                 pictures=() ;;
     folder)     prepare=(folder --size 64)
                 train=(--batch-size 64 --epochs 200 --flip --save-every 500)

@@ -288,9 +288,11 @@ def write_film(run):
     """RUN/film.webp of the grids that train.py drew of the same latents all along, each with its step below."""
     files = sorted((run / "grids").glob("step_*.png"))
     if len(files) < 2:
-        fail(f"--film {run}: {len(files)} grids in {run / 'grids'}, where train.py leaves one every --grid-every steps")
+        fail(f"--film {run}: {len(files)} grids of images in {run / 'grids'}; train.py leaves one every --grid-every "
+             f"steps")
     files = [files[round(i)] for i in np.linspace(0, len(files) - 1, min(len(files), FILM))]
-    frames, size = [], Image.open(files[-1]).size
+    frames, (width, height) = [], Image.open(files[-1]).size
+    size = width * max(1, 512 // width), height * max(1, 512 // width)
     for path in files:
         grid = Image.open(path).convert("RGB").resize(size, Image.Resampling.NEAREST)  # --grow begins smaller
         frames.append(Image.new("RGB", (grid.width, grid.height + 14), "white"))

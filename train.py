@@ -127,8 +127,8 @@ def parse_args(argv=None):
     add("--max-steps", type=int, help="end after so many steps, if that is earlier")
     add("--lr-g", type=float, default=2e-4, help="learning rate of G")
     add("--lr-d", type=float, default=2e-4, help="learning rate of D")
-    add("--d-steps", type=int, default=1, help="steps of D for each of G, which learns in every so manyth step")
-    add("--d-interval", type=int, default=1, help="D learns in every so manyth step")
+    add("--d-steps", type=int, default=1, help="steps of D for each of G")
+    add("--d-interval", type=int, default=1, help="D learns in one of so many steps")
     add("--schedule", choices=["constant", "linear", "cosine", "cosine-restarts"], default="constant",
         help="course of both learning rates")
     add("--warmup", type=int, default=0, metavar="STEPS", help="steps over which the learning rates rise from 0")
@@ -209,8 +209,9 @@ def parse_args(argv=None):
                      "grow", "fid_every"):
             if getattr(args, name):
                 fail(f"--{name.replace('_', '-')} is for images, not for --arch seq")
-    elif args.pretrain_epochs:
-        fail("--pretrain-epochs: images have no likelihood to learn by; it goes with --arch seq")
+    for name in args.changed if args.arch != "seq" else ():
+        if name.startswith(("pretrain", "temperature")):
+            fail(f"--{name.replace('_', '-')} goes with --arch seq: images have no likelihood and no temperature")
     if args.grow and args.compile:
         fail("--grow changes the networks while they train, which --compile cannot follow: leave one of them out")
     return args
@@ -1171,10 +1172,12 @@ def train(t, signals):
         (likelihood_step if t.step < t.pretrain_steps else train_step)(t, *next(data))
         t.step += 1
         times.append((begin, stamp(t.device)))
-        t.bar.update()
+        t.bar.update(args.batch_size)
         if fid_due(t):
+            start = time.perf_counter()
             save(t)  # scoring takes longer than torchrun waits after a signal
             track_fid(t, signals.group)
+            t.logged += time.perf_counter() - start  # images/s are those of training
             if patience_over(t):
                 t.total = t.step
                 tqdm.write(f"--patience {args.patience}: the best FID is still that of step {t.best['step']}")
@@ -1284,7 +1287,8 @@ def log_interval(t, times):
     lr_g, lr_d = (side.optimizer.param_groups[0]["lr"] for side in (t.g, t.d))
     t.last = {"step": t.step, "epoch": round(t.step / t.steps_per_epoch, 4), "images": t.step * t.args.batch_size,
               **mean, "lr_g": lr_g, "lr_d": lr_d, "temperature": temperature_at(t, t.step - 1),
-              "skipped_g": int(skips[0][0]), "skipped_d": int(skips[0][1]), "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
+              "skipped_g": int(skips[0][0]), "skipped_d": int(skips[0][1]),
+              "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
               "images_per_second": t.args.batch_size * len(ms) / (time.perf_counter() - t.logged)}
     t.logged = time.perf_counter()
     if t.rank == 0:
@@ -1294,7 +1298,7 @@ def log_interval(t, times):
         track(t, t.last)
         shown = [f"{t.last[k]:.3f}" if t.last[k] is not None else "none" for k in STATS[:4]]
         t.bar.set_description(f"epoch {t.last['epoch']:.1f}", refresh=False)
-        t.bar.set_postfix_str("G {} D {} right {}/{}".format(*shown), refresh=False)
+        t.bar.set_postfix_str("G {:.4} D {:.4} right {:.4}/{:.4}".format(*shown), refresh=False)
         if t.bar.disable:
             left = (t.total - t.step) * t.args.batch_size / t.last["images_per_second"]
             print(f"step {t.step}/{t.total}  epoch {t.last['epoch']:.2f}  "
@@ -1322,6 +1326,7 @@ def open_trackers(t):
         import wandb
         t.wandb = wandb.init(project="gan", name=t.out.resolve().name, id=t.run_id, resume="allow", dir=t.out,
                              config=describe(t))
+        t.wandb.define_metric("*", step_metric="step")
 
 
 def track(t, values, picture=None):
@@ -1510,7 +1515,7 @@ def set_up(args, images, conditions, meta, device, rank, world):
         zero=torch.zeros((), device=device), grid_z=latents(args.seed, range(GRID), G.noise_dim).to(device),
         grid_rows=rows[:: max(1, len(rows) // GRID)][:GRID],  # whose conditions the grid shows
         class_counts=None if labels is None else np.bincount(labels, minlength=known).tolist(),
-        tensorboard=None, wandb=None, ms=[], last=None, begun=0, recent=[], warned={}, best=None)
+        bar=None, tensorboard=None, wandb=None, ms=[], last=None, begun=0, recent=[], warned={}, best=None)
     t.grid_condition = condition_of(t, conditions, np.resize(t.grid_rows, GRID), np.zeros(GRID))
     return t
 
@@ -1531,6 +1536,9 @@ def find_sizes(args, size):
 def describe(t):
     """What config.json holds: options as resolved, versions, hardware, the data's fingerprint."""
     device = torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else platform.processor() or "cpu"
+    with contextlib.suppress(OSError, StopIteration):  # Linux keeps the processor's name here alone
+        if t.device.type == "cpu":
+            device = next(x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name"))
     options = {k: v for k, v in vars(t.args).items() if k != "changed"}
     return {"run_id": t.run_id, "options": options, "changed": t.args.changed, "amp": t.amp,
             "model": t.model, "processes": t.world,
@@ -1624,12 +1632,12 @@ def begin(t, path):
 def run(t, signals, path):
     """Train, and leave RUN/ in a state that says how it ended."""
     start = time.perf_counter()
-    t.bar = tqdm(total=t.total, initial=t.step, unit=" " + t.unit, unit_scale=t.args.batch_size, mininterval=1,
-                 disable=None if t.rank == 0 else True,
-                 bar_format="{desc} {percentage:3.0f}% |{bar:10}| {rate_noinv_fmt}, {remaining} left{postfix}")
     try:
         if t.rank == 0:
             begin(t, path)
+        t.bar = tqdm(total=t.total * t.args.batch_size, initial=t.step * t.args.batch_size, unit=" " + t.unit,
+                     mininterval=1, disable=None if t.rank == 0 else True,
+                     bar_format="{desc} {percentage:3.0f}% {rate_noinv_fmt}, {remaining} left{postfix}")
         number = train(t, signals)
     except Diverged as error:
         fail_run(t, error)
@@ -1646,7 +1654,8 @@ def run(t, signals, path):
                  + (", --amp bf16" if t.amp == "off" else "") + ", in another --out or with --resume never", 1)
         raise
     finally:
-        t.bar.close()
+        if t.bar is not None:
+            t.bar.close()
     if number and t.step < t.total:
         write_status(t, "interrupted", signal=signal.Signals(number).name)
         close_trackers(t)

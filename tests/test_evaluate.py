@@ -82,12 +82,15 @@ def test_matching_against_worked_out_cases():
     own = np.eye(150, 200, dtype=np.float32)  # 150 real images, each in a direction of its own
     real = {"mu": np.zeros(200), "features": own[::-1], "rows": np.arange(150)[::-1].copy()}
     notes = [{"row": i} for i in range(150)]
-    found = evaluate.matching(notes, own * 3, real, None, None, None)
+    found, _ = evaluate.matching(notes, own * 3, real, None, None, None)
     assert found["cosine"]["value"] == pytest.approx(1) and found["r_precision"]["value"] == 1
-    found = evaluate.matching(notes, np.roll(own, 1, 0), real, None, None, None)
+    wrong = own.copy()
+    wrong[7] = own[8]
+    assert evaluate.matching(notes, wrong, real, None, None, None)[1][0] == (7, pytest.approx(0)), "the worst comes first"
+    found, _ = evaluate.matching(notes, np.roll(own, 1, 0), real, None, None, None)
     assert found["cosine"]["value"] == pytest.approx(0) and found["r_precision"]["value"] == 0
     # half of each image is its own, half its neighbour's: the neighbour is among 99 of 149 others in 2 cases of 3
-    found = evaluate.matching(notes, own + 1.01 * np.roll(own, 1, 0), real, None, None, None)
+    found, _ = evaluate.matching(notes, own + 1.01 * np.roll(own, 1, 0), real, None, None, None)
     assert found["cosine"]["value"] == pytest.approx(0.5**0.5, abs=0.01)
     assert found["r_precision"]["value"] == pytest.approx(1 - 99 / 149, abs=0.1)
 
@@ -95,7 +98,7 @@ def test_matching_against_worked_out_cases():
 def test_images_of_one_caption_are_not_each_others_rivals():
     own = np.eye(120, 200, dtype=np.float32)
     real = {"mu": np.zeros(200), "features": own, "rows": np.arange(120)}
-    found = evaluate.matching([{"row": i % 120} for i in range(480)], np.tile(own, (4, 1)), real, None, None, None)
+    found, _ = evaluate.matching([{"row": i % 120} for i in range(480)], np.tile(own, (4, 1)), real, None, None, None)
     assert found["r_precision"]["value"] == 1 and found["cosine"]["n_generated"] == 120
 
 
@@ -147,7 +150,8 @@ def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     kept = np.load(shapes / "fid_60.npz")
     assert kept["mu"].shape == (2048,) and kept["sigma"].shape == (2048, 2048)
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 3 and "data:image/webp" in page and "--width" in page
+    assert page.count("data:image/png;base64") == 3 + evaluate.GALLERY  # two grids, the curves, samples and neighbours
+    assert "Nearest real" in page and "data:image/webp" in page and "--width" in page
     assert "http" not in page.replace("http-equiv", ""), "nothing is loaded from elsewhere"
     assert sorted(p.name for p in (run / "images").iterdir())[-1] == "000039.png"
     # kept statistics are used again, and not for other images
