@@ -204,13 +204,11 @@ def parse_args(argv=None):
     for name in args.tracker:
         if importlib.util.find_spec(name) is None:
             fail(f"--tracker {name} needs a package: pip install {name}")
-    if args.arch == "seq":
-        for name in ("flip", "crop_shift", "jitter", "diffaug", "extra_convs", "depth", "spectral_norm", "attention",
-                     "grow", "fid_every"):
-            if getattr(args, name):
-                fail(f"--{name.replace('_', '-')} is for images, not for --arch seq")
-    for name in args.changed if args.arch != "seq" else ():
-        if name.startswith(("pretrain", "temperature")):
+    for name in args.changed:
+        if args.arch == "seq" and name in ("flip", "crop_shift", "jitter", "diffaug", "extra_convs", "depth", "norm_d",
+                                           "spectral_norm", "attention", "grow", "latent_dim", "fid_every"):
+            fail(f"--{name.replace('_', '-')} is for images, not for --arch seq")
+        if args.arch != "seq" and name.startswith(("pretrain", "temperature")):
             fail(f"--{name.replace('_', '-')} goes with --arch seq: images have no likelihood and no temperature")
     if args.grow and args.compile:
         fail("--grow changes the networks while they train, which --compile cannot follow: leave one of them out")

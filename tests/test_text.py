@@ -4,12 +4,13 @@ import json
 import math
 import random
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, log_of, refused
+from conftest import ROOT, call, log_of, refused
 
 import evaluate
 import train
@@ -206,8 +207,19 @@ def test_oracle_in_the_chain(tmp_path):
     assert metrics["nll"]["value"] == pytest.approx(math.log(5001), abs=0.5)
 
 
+def test_two_processes(data, run, tmp_path):
+    """gloo: the likelihood of the same texts as one process sees; then both learn against D."""
+    call(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", "--data", data,
+         "--out", tmp_path / "two", *OPTIONS, "--epochs", "2", "--pretrain-epochs", "1", "--amp", "off", OMP_NUM_THREADS="1")
+    one, two = log_of(run), log_of(tmp_path / "two")
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    before = [[line["loss_g"] for line in lines if line["loss_d"] is None] for lines in (one, two)]
+    assert len(before[0]) > 2 and np.allclose(*before, rtol=0.02) and before[1][0] > before[1][-1]
+    assert two[-1]["loss_d"] > 0 and 0 < two[-1]["acc_real"] <= 1 and two[-1]["skipped_g"] == 0
+
+
 def test_refusals(data, shapes, tmp_path):
-    for options, naming in ((("--flip",), "--flip"), (("--condition", "text"), "--condition"),
+    for options, naming in ((("--flip",), "--flip"), (("--condition", "text"), "--condition"), (("--latent-dim", "9"), "--latent-dim"),
                             (("--fid-every", "1"), "--fid-every"), (("--grow", "2,4"), "--grow"),
                             (("--temperature-end", "0"), "--temperature-end")):
         refused("train.py", "--data", data, "--out", tmp_path / "r", *OPTIONS, *options, naming=naming)
