@@ -592,12 +592,13 @@ table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; te
 border-bottom: 1px solid var(--line); } .wide { overflow-x: auto; }
 figure { margin: 0; flex: 1 1 18rem; } .side { display: flex; flex-wrap: wrap; gap: 1.5rem; }
 .wide img.plot { min-width: 44rem; } .small { max-width: 16rem; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr));
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 45%), 1fr));
 gap: 1rem 1.5rem; } figcaption { font-size: .85rem; }
-img { width: 100%; image-rendering: pixelated; } img.plot { image-rendering: auto; background: #fff; }
+img { width: 100%; image-rendering: pixelated; outline: 1px solid var(--line); }
+img.plot { image-rendering: auto; background: #fff; }
 .warn { border-left: 4px solid #c80; padding-left: .8rem; }
-body:has(.runs) { max-width: none; } .runs td { min-width: 4rem; } .runs td:nth-child(2) { min-width: 10rem; }
-.runs td:nth-child(5) { min-width: 16rem; }
+body:has(.runs) { max-width: none; } .runs td { white-space: nowrap; }
+.runs .broad { white-space: normal; min-width: 12rem; max-width: 20rem; }
 @media print { body { margin: 0; } h2 { break-after: avoid; } figure, img { break-inside: avoid; } }
 """
 
@@ -792,18 +793,18 @@ def compare(paths, out):
         first = scored.get("fid") or scored.get("bleu_2") or {}
         rows.append({
             "run": str(run), "sample": str(run / "grids" / ("latest.txt" if o["arch"] == "seq" else "latest.png")),
-            "date": status["time"][:10], "state": status["state"], "differs from most": ", ".join(
+            "differs from most": ", ".join(
                 f"{option(k)} {o[k]}" for k in usual if k in o and json.dumps(o[k]) != usual[k]),
-            "batch": o["batch_size"], "lr G": f"{o['lr_g']:g}", "lr D": f"{o['lr_d']:g}", "latent": o["latent_dim"],
-            "epochs": number(last.get("epoch"), 1), "loss G": number(last.get("loss_g")),
-            "loss D": number(last.get("loss_d")), "generated": first.get("n_generated") or "",
-            "real": first.get("n_real") or "",
             **{title: number(scored.get(key, {}).get("value"), digits) for key, title, digits in (
                 ("fid", "FID", 2), ("kid", "KID", 5), ("precision", "precision", 3), ("recall", "recall", 3),
                 ("bleu_2", "BLEU-2", 3), ("self_bleu_2", "self-BLEU-2", 3), ("nll", "NLL", 3),
                 ("nll_oracle", "NLL by the oracle", 3))},
-            "time": duration(training_seconds(log)),
-            "hardware": f"{config['processes']} × {hardware}, {config['hardware']['cores']} cores"})
+            "generated": first.get("n_generated") or "", "real": first.get("n_real") or "",
+            "epochs": number(last.get("epoch"), 1), "loss G": number(last.get("loss_g")),
+            "loss D": number(last.get("loss_d")), "batch": o["batch_size"], "lr G": f"{o['lr_g']:g}",
+            "lr D": f"{o['lr_d']:g}", "latent": o["latent_dim"], "time": duration(training_seconds(log)),
+            "hardware": f"{config['processes']} × {hardware}, {config['hardware']['cores']} cores",
+            "date": status["time"][:10], "state": status["state"]})
     if not rows:
         fail(f"--compare {' '.join(paths)}: no whole run here")
     rows = [{k: row[k] for k in row if any(r[k] for r in rows)} for row in rows]  # no column that is empty
@@ -812,9 +813,17 @@ def compare(paths, out):
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in [escaped[0], ["---"] * len(lines[0]), *escaped[1:]])
     sheet = io.StringIO()
     csv.writer(sheet).writerows(lines)
+
     def cell(name, text):
-        shown = name == "sample" and text.endswith(".png") and Path(text).exists()
-        return f"<td>{embed(Path(text).read_bytes(), name=text) if shown else html.escape(text)}</td>"
+        if name not in ("sample", "differs from most"):
+            return f"<td>{html.escape(text)}</td>"
+        if name == "sample":
+            content = Path(text).read_bytes() if Path(text).exists() else b""
+            if text.endswith(".png") and content:
+                return f"<td class=broad>{embed(content, name=text)}</td>"
+            text = " / ".join(content.decode(errors="replace").splitlines()[:3])
+        return f"<td class=broad>{html.escape(text)}</td>"
+
     body = "".join(f"<tr>{''.join(map(cell, lines[0], line))}</tr>" for line in lines[1:])
     head = "".join(f"<th>{html.escape(c)}</th>" for c in lines[0])
     page = f'<h1>Runs compared</h1><div class="wide"><table class=runs><tr>{head}</tr>{body}</table></div>'
