@@ -99,31 +99,36 @@ def torchvision_source(args):
                           for i, (pixels, target) in enumerate(zip(dataset.data, dataset.targets)))
 
 
-def folder_source(args):
-    """Images of a directory or archive, sorted by name; nothing is unpacked. The first level of folders are classes."""
-    root = Path(args.root)
+def open_root(root):
+    """(a function that opens a member to read, {name: member}) of a directory or archive; nothing is unpacked."""
     try:
         if root.is_dir():
-            read, names = (lambda path: open(path, "rb")), {}
+            names = {}
             for where, folders, files in os.walk(root):
                 folders[:] = sorted(f for f in folders if not f.startswith("."))
                 names |= {os.path.relpath(os.path.join(where, f), root): os.path.join(where, f) for f in files}
-        elif zipfile.is_zipfile(root):
+            return (lambda path: open(path, "rb")), names
+        if zipfile.is_zipfile(root):
             archive = zipfile.ZipFile(root)
-            read, names = archive.open, {m.filename: m for m in archive.infolist() if not m.is_dir()}
-        else:
-            # a compressed tar has no random access: sorted order would unpack it again for each image
-            archive = tarfile.open(root)
-            read, names = archive.extractfile, {m.name: m for m in archive if not m.isdir()}
+            return archive.open, {m.filename: m for m in archive.infolist() if not m.is_dir()}
+        archive = tarfile.open(root)
+        return archive.extractfile, {m.name: m for m in archive if not m.isdir()}
     except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        fail(f"--root {args.root}: neither a directory nor a readable .zip or .tar(.gz) "
+        fail(f"--root {root}: neither a directory nor a readable .zip or .tar(.gz) "
              f"({str(error).splitlines()[0].rstrip(':')})")
+
+
+def folder_source(args):
+    """Images of a directory or archive, sorted by name. The first level of folders are classes."""
+    root = Path(args.root)
+    read, names = open_root(root)
     captions = find_captions(args, root, read, names)
     order = [n for n in names
              if os.path.splitext(n)[1].lower() in EXTENSIONS and not os.path.basename(n).startswith(".")]
     if args.source == "coco":  # the images that the file of captions names
         order = [n for n in order if os.path.basename(n) in captions]
-    if root.is_dir() or isinstance(archive, zipfile.ZipFile):
+    # a compressed tar has no random access: sorted order would unpack it again for each image
+    if not any(isinstance(member, tarfile.TarInfo) for member in names.values()):
         order.sort()
     # a wrapping folder (faces/0001.png …) is not a class
     parts = [re.split(r"[/\\]", n) for n in order]
@@ -389,21 +394,29 @@ ORACLE = {"vocabulary": 5000, "length": 20, "hidden": 32}  # Yu et al. 2017
 
 
 def read_texts(args):
-    """The texts of --root, one a line or, in .jsonl, a caption each."""
+    """The texts of --root, one a line or, in .jsonl, a caption each; a file, a directory or an archive."""
     root = Path(args.root)
-    files = sorted(f for f in root.rglob("*") if f.suffix in (".txt", ".jsonl")) if root.is_dir() else [root]
+    if root.is_file() and not zipfile.is_zipfile(root) and not tarfile.is_tarfile(root):
+        read, names, files = (lambda path: open(path, "rb")), {root.name: root}, [root.name]
+    else:
+        read, names = open_root(root)
+        files = sorted(name for name in names if name.endswith((".txt", ".jsonl")))
     texts = []
-    for file in files or fail(f"--root {root}: no .txt or .jsonl in it"):
+    for name in files or fail(f"--root {root}: no .txt or .jsonl in it"):
         try:
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            if file.suffix == ".jsonl":
+            with read(names[name]) as file:
+                content = file.read()
+            if b"\0" in content:
+                raise ValueError("not UTF-8 text")
+            lines = content.decode("utf-8", "replace").splitlines()
+            if name.endswith(".jsonl"):
                 told = [json.loads(line)["captions"] for line in lines if line.strip()]
                 lines = [c for captions in told for c in ([captions] if isinstance(captions, str) else captions)]
             texts += [" ".join("".join(c if c.isprintable() else " " for c in text).split()) for text in lines]
-        except OSError as error:
-            fail(f"--root {file}: {error.strerror}")
-        except (ValueError, KeyError, TypeError) as error:
-            fail(f"--root {file}: not lines like {{\"captions\": [\"a text\"]}} ({type(error).__name__}: {error})")
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            fail(f"--root {root}: {name}: not lines like {{\"captions\": [\"a text\"]}} ({type(error).__name__}: {error})")
+        except Exception as error:  # no right to read it, damage, encryption
+            fail(f"--root {root}: {name}: cannot be read ({error})")
     return [text for text in texts if text][:args.num]
 
 
@@ -520,8 +533,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("data")
     group.add_argument("--out", required=True, metavar="DATA", help="folder to make")
     group.add_argument("--root", metavar="SOURCE", help="folder: where the images are; text: a .txt, a line a text, a "
-                       "captions.jsonl, or a folder of these; torchvision's sets: where "
-                                                         "they are or are downloaded to (then default: downloads)")
+                       "captions.jsonl, or a folder or archive of these; torchvision's sets: where they are or are "
+                       "downloaded to (then default: downloads)")
     group.add_argument("--captions", metavar="FILE", help="coco: captions_train2017.json or its like; folder: a "
                        "captions.jsonl elsewhere than inside or beside --root")
     group.add_argument("--text-encoder", metavar="NAME", help="a sentence-transformers model, by name or folder, whose "
