@@ -945,7 +945,12 @@ def evaluate_images(args, run, config):
         metrics["floor"] = {"value": float(real["floor"]), "n_real": f"{int(real['floor_n'])} against as many others",
                             "protocol": protocol}
     if notes:
-        if "row" in notes[0] and not args.reference:
+        foreign = run and not args.reference and (
+            read_json(Path(args.data) / "meta.json").get("fingerprint") != config["data"]["fingerprint"])
+        if foreign:
+            metrics["warnings"].append(f"--data {args.data} is not what {run} was trained on: how well images match "
+                                       f"their captions is not measured")
+        elif "row" in notes[0] and not args.reference:
             real_images = open_images("--data", args.data)
             measures, ranked = matching(notes, fake["features"], real, network, real_images, device)
             metrics |= measures

@@ -160,7 +160,9 @@ def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     meta = json.loads((shapes / "meta.json").read_text())
     other = shutil.copytree(shapes, tmp_path / "other")
     (other / "meta.json").write_text(json.dumps(meta | {"fingerprint": "another"}))
-    assert "60 real images" in call("evaluate.py", "--run", run, "--data", other, "--num-real", "60", "--device", "cpu").stdout
+    (run / "images.jsonl").write_text("".join(json.dumps({"caption": "a star", "row": i}) + "\n" for i in range(40)))
+    said = call("evaluate.py", "--run", run, "--data", other, "--num-real", "60", "--device", "cpu").stdout
+    assert "60 real images" in said and "match their captions is not measured" in said and "cosine" not in said
 
 
 def test_report_escapes(trained, tmp_path):
