@@ -822,7 +822,7 @@ def compare(paths, out):
             if text.endswith(".png") and content:
                 return f"<td class=broad>{embed(content, name=text)}</td>"
             text = " / ".join(content.decode(errors="replace").splitlines()[:3])
-        return f"<td class=broad>{html.escape(text)}</td>"
+        return f"<td class=broad>{html.escape(text).replace(', --', ',<br>--')}</td>"
 
     body = "".join(f"<tr>{''.join(map(cell, lines[0], line))}</tr>" for line in lines[1:])
     head = "".join(f"<th>{html.escape(c)}</th>" for c in lines[0])
