@@ -760,6 +760,20 @@ def track(run, config, metrics):
 
 # ---- runs side by side -----------------------------------------------------------------------------------------------
 
+def cell(column, text):
+    """A cell of the comparison's HTML: a sample's grid or first texts in place of its path, an option a line."""
+    path = Path(text)
+    if column != "sample":
+        content = html.escape(text).replace(", --", ",<br>--")
+    elif not path.exists():
+        content = ""
+    elif path.suffix == ".png":
+        content = embed(path.read_bytes(), name=text)
+    else:
+        content = html.escape(" / ".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[:3]))
+    return f"<td{' class=broad' if column in ('sample', 'differs from most') else ''}>{content}</td>"
+
+
 def compare(paths, out):
     """One table of runs, in OUT.md, OUT.csv and OUT.html: what differs between them, and how each ended."""
     found = [f.parent for p in paths for f in sorted([*Path(p).glob("config.json"), *Path(p).glob("*/config.json")])]
@@ -813,17 +827,6 @@ def compare(paths, out):
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in [escaped[0], ["---"] * len(lines[0]), *escaped[1:]])
     sheet = io.StringIO()
     csv.writer(sheet).writerows(lines)
-
-    def cell(name, text):
-        if name not in ("sample", "differs from most"):
-            return f"<td>{html.escape(text)}</td>"
-        if name == "sample":
-            content = Path(text).read_bytes() if Path(text).exists() else b""
-            if text.endswith(".png") and content:
-                return f"<td class=broad>{embed(content, name=text)}</td>"
-            text = " / ".join(content.decode(errors="replace").splitlines()[:3])
-        return f"<td class=broad>{html.escape(text).replace(', --', ',<br>--')}</td>"
-
     body = "".join(f"<tr>{''.join(map(cell, lines[0], line))}</tr>" for line in lines[1:])
     head = "".join(f"<th>{html.escape(c)}</th>" for c in lines[0])
     page = f'<h1>Runs compared</h1><div class="wide"><table class=runs><tr>{head}</tr>{body}</table></div>'
@@ -945,12 +948,14 @@ def evaluate_images(args, run, config):
         metrics["floor"] = {"value": float(real["floor"]), "n_real": f"{int(real['floor_n'])} against as many others",
                             "protocol": protocol}
     if notes:
-        foreign = run and not args.reference and (
-            read_json(Path(args.data) / "meta.json").get("fingerprint") != config["data"]["fingerprint"])
-        if foreign:
+        if "row" not in notes[0]:
+            metrics["warnings"].append("drawn for captions of your own choice: the FID compares them with all of the "
+                                       "data, and how well they match is not measured")
+        elif run and not args.reference and (
+                read_json(Path(args.data) / "meta.json").get("fingerprint") != config["data"]["fingerprint"]):
             metrics["warnings"].append(f"--data {args.data} is not what {run} was trained on: how well images match "
                                        f"their captions is not measured")
-        elif "row" in notes[0] and not args.reference:
+        elif not args.reference:
             real_images = open_images("--data", args.data)
             measures, ranked = matching(notes, fake["features"], real, network, real_images, device)
             metrics |= measures
@@ -962,9 +967,6 @@ def evaluate_images(args, run, config):
             metrics |= attribute_rates(notes, pixels_of(generated), real_images, Path(args.data))
             if len(notes) < 100:
                 metrics["warnings"].append(f"no R-precision: it takes 100 images or more, here are {len(notes)}")
-        elif "row" not in notes[0]:
-            metrics["warnings"].append("drawn for captions of your own choice: the FID compares them with all of the "
-                                       "data, and how well they match is not measured")
         if args.clip:
             metrics |= clip_score(clip, args.clip, notes, pixels_of(generated))
     small = [str(n) for n in (n_fake, n_real) if n is not None and n < 2048]

@@ -11,6 +11,7 @@ again with the same options, nothing is done.
 """
 
 import argparse
+import contextlib
 import difflib
 import glob
 import hashlib
@@ -23,8 +24,10 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import tarfile
+import time
 import warnings
 import zipfile
 from collections import Counter, deque
@@ -40,7 +43,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
               ".tga", ".jp2", ".avif"}
 # decoders that start no other program: EPS would run Ghostscript on a stranger's file
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
-MAX_FILE_BYTES = 1 << 29  # a zip member larger than this is a bomb, not a picture
+MAX_FILE_BYTES = 1 << 29  # a zip member larger than this is a bomb, not a picture or a text
 MAX_WORDS, MAX_VOCABULARY = 32, 10_000  # of a caption; of all, the others become <unk>
 CHUNK = 32  # images a task: large enough that passing them costs little beside decoding
 stopped = []  # signals received; looked at between images, since raising within a process pool can deadlock it
@@ -65,10 +68,216 @@ class Item(NamedTuple):
     captions: list[str] | None = None
 
 
-def fail(message):
-    """End with one line for the user and status 2."""
-    print(f"prepare_data.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+# ---- what all four scripts use ---------------------------------------------------------------------------
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: interrupted or in use, call again
+
+
+def fail(message, status=2):
+    """End with one line for the user; of several processes on a node the first speaks for all."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def flag(name):
+    """The option as it is typed: batch_size -> --batch-size."""
+    return f"--{name.replace('_', '-')}"
+
+
+def within(low, high=math.inf, kind=float):
+    """An argparse type: a finite number from low to high."""
+    def number(text):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
+        return value
+    number.__name__ = kind.__name__  # for argparse's "invalid float value"
+    return number
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults in the help, the docstring as it stands."""
+
+    def _get_help_string(self, action):
+        unsaid = action.default is None or action.default is False or action.default == []
+        return action.help if unsaid else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose options say in their declaration what they need; a mistake is one line.
+
+    add = Parser(__doc__).group("data") gives argparse's add_argument with two words more: `needs` names an option,
+    or an option and the values of which it needs one ("--schedule linear or cosine"); `excludes` the same of what it
+    does not go with. They are held against the options that the call names, not against defaults.
+    """
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.rules, self.named = {}, []  # the rules of each option; the options that the call named
+
+    def group(self, title, **common):
+        """A function that declares options under this title; what is in common holds for each of them."""
+        group = self.add_argument_group(title)
+
+        def add(name, needs=(), excludes=(), **more):
+            needs, excludes = ([r] if isinstance(r, str) else list(r) for r in (needs, excludes))
+            if needs:
+                more["help"] += f"; needs {' and '.join(needs)}"
+            action = group.add_argument(name, **more)
+            self.rules[action.dest] = needs + [*common.get("needs", ())], excludes + [*common.get("excludes", ())]
+        return add
+
+    def parse_args(self, argv=None):
+        argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+        options = self._option_string_actions
+        words = [w.split("=")[0] for w in argv if re.match(r"--?[a-zA-Z]", w) and " " not in w.split("=")[0]]
+        for word in words:
+            if word not in options:
+                name = f"--{word.lstrip('-')}"
+                near = [o for o in options if o.startswith(name)] or difflib.get_close_matches(name, options, 1)
+                self.error(f"{word} is no option" + (f": did you mean {' or '.join(near)}?" if near else ""))
+        args = super().parse_args(argv)
+        self.named = list(dict.fromkeys(options[word].dest for word in words))
+        for name in self.named:
+            needs, excludes = self.rules.get(name, ((), ()))
+            for rule in [r for r in needs if not holds(r, args)]:
+                fail(f"{flag(name)} needs {rule}")
+            for rule in [r for r in excludes if holds(r, args)]:
+                fail(f"{flag(name)} does not go with {rule}")
+        return args
+
+    def error(self, message):
+        fail(message if message.endswith("?") else f"{message} (--help lists the options)")
+
+
+def holds(rule, args):
+    """Whether the call is as a rule says: "--option", or "--option value or value"."""
+    option, _, values = rule.partition(" ")
+    value = getattr(args, option.lstrip("-").replace("-", "_"))
+    return str(value) in values.split(" or ") if values else bool(value)
+
+
+def find_device(name, processes=1):
+    """torch's device of --device; of several processes on a node each has a GPU of its own."""
+    import torch
+    if processes > 1 and name.startswith("cuda:"):
+        fail(f"--device {name}: {processes} processes would share it; use --device cuda")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and 0 < torch.cuda.device_count() < processes:
+        fail(f"{processes} processes (--nproc_per_node) for {torch.cuda.device_count()} GPUs")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: not usable here ({str(error).splitlines()[0]})")
+    return device
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open for writing a file that appears under its name complete and on disk, or not at all."""
+    partial = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8", "replace"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path, option=None):
+    """What a .json holds; a file that is missing or damaged is the user's to see."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"damaged: {error}"
+        fail(f"{f'{option} ' if option else ''}{path}: {reason}")
+
+
+def read_lines(path):
+    """The lines of a .jsonl as dicts, [] where there is none; a line that a kill cut short is left out."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = Path(path).read_bytes().decode("utf-8", "replace").split("\n")
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    return []
+
+
+def lock(folder):
+    """Hold a folder for this process alone, or exit 75 and say who does. The kernel drops a dead process's lock."""
+    import fcntl
+    file = open(Path(folder) / "lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        fail(f"--out {folder} is in use by {file.read().strip() or 'another process'}", TRY_AGAIN)
+    except OSError as error:
+        print(f"note: {folder} cannot be locked on this file system ({error}): see that nothing else writes to it",
+              file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    return file
+
+
+class Data:
+    """DATA/ as it was written: `meta`, and arrays (memory maps) that agree with it, or one line that says why not."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not (self.folder / "meta.json").exists():
+            fail(f"--data {folder}: meta.json is not there; make the folder with prepare_data.py")
+        self.meta = read_json(self.folder / "meta.json", "--data")
+        missing = [key for key in ("name", "count", "size", "channels", "classes", "vocabulary", "fingerprint")
+                   if key not in self.meta]
+        if missing:
+            self.damaged(f"meta.json lacks {', '.join(missing)}")
+
+    def damaged(self, what):
+        fail(f"--data {self.folder}: {what}; make it again with prepare_data.py")
+
+    def array(self, name):
+        """images (N, H, W, C) uint8; labels (N,); tokens (N, K, L), of texts (N, L); embeddings (N, K, n)."""
+        meta = self.meta
+        length = meta.get("length")  # of texts without images
+        shape = {"images": (meta["count"], meta["size"], meta["size"], meta["channels"]), "labels": (meta["count"],),
+                 "tokens": (meta["count"], length) if length else (meta["count"], None, None),
+                 "held_out": (meta.get("held_out"), length), "embeddings": (meta["count"], None, None)}[name]
+        try:
+            array = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        except FileNotFoundError:
+            self.damaged(f"{name}.npy is not there")
+        except (OSError, ValueError, EOFError) as error:
+            self.damaged(f"{name}.npy is damaged ({type(error).__name__}: {error})")
+        fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape))
+        if not fits or array.dtype.kind != {"images": "u", "embeddings": "f"}.get(name, "i"):
+            self.damaged(f"meta.json says {shape}, {name}.npy is {array.dtype} {array.shape}")
+        if name not in ("images", "embeddings"):
+            known = len(meta["classes" if name == "labels" else "vocabulary"] or ())
+            if not 0 <= array.min() <= array.max() < known:
+                self.damaged(f"{name}.npy names more than the {known} that meta.json lists")
+        return array
+
+    def captions(self):
+        """The lines of captions.jsonl, one an image: {"captions": [...], and attributes where the source has them}."""
+        return read_lines(self.folder / "captions.jsonl")
 
 
 # ---- sources: each yields Items -------------------------------------------------------------------------------------
@@ -99,6 +308,10 @@ def torchvision_source(args):
                           for i, (pixels, target) in enumerate(zip(dataset.data, dataset.targets)))
 
 
+def open_file(path):
+    return open(path, "rb")
+
+
 def open_root(root):
     """(a function that opens a member to read, {name: member}) of a directory or archive; nothing is unpacked."""
     try:
@@ -107,7 +320,7 @@ def open_root(root):
             for where, folders, files in os.walk(root):
                 folders[:] = sorted(f for f in folders if not f.startswith("."))
                 names |= {os.path.relpath(os.path.join(where, f), root): os.path.join(where, f) for f in files}
-            return (lambda path: open(path, "rb")), names
+            return open_file, names
         if zipfile.is_zipfile(root):
             archive = zipfile.ZipFile(root)
             return archive.open, {m.filename: m for m in archive.infolist() if not m.is_dir()}
@@ -156,7 +369,7 @@ def find_captions(args, root, read, names):
         inside = [member for name, member in names.items() if os.path.basename(name) == "captions.jsonl"]
         beside = args.captions or root.resolve().parent / "captions.jsonl"
         if args.captions or not inside and os.path.exists(beside):
-            read, inside = (lambda path: open(path, "rb")), [beside]
+            read, inside = open_file, [beside]
         if inside:
             with read(inside[0]) as file:
                 lines = file.read().decode("utf-8", "replace").split("\n")
@@ -185,7 +398,7 @@ def find_captions(args, root, read, names):
 
 
 def read_member(read, member):
-    """The bytes of an archive's member, or the reason (an exception) why they cannot be had."""
+    """The bytes of a member of open_root, or the reason (an exception) why they cannot be had."""
     try:
         with read(member) as file:  # a link is followed within the archive; a device is None
             data = file.read(MAX_FILE_BYTES + 1)
@@ -384,7 +597,7 @@ def write_arrays(results, total, folder, args, text_encoder):
             meta["text_encoder"] = args.text_encoder
         write_text(folder / "captions.jsonl", "".join(json.dumps(text) + "\n" for text in texts))
     meta["fingerprint"] = digest.hexdigest()
-    write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    write_json(folder / "meta.json", meta)
     return meta
 
 
@@ -396,27 +609,28 @@ ORACLE = {"vocabulary": 5000, "length": 20, "hidden": 32}  # Yu et al. 2017
 def read_texts(args):
     """The texts of --root, one a line or, in .jsonl, a caption each; a file, a directory or an archive."""
     root = Path(args.root)
-    if root.is_file() and not zipfile.is_zipfile(root) and not tarfile.is_tarfile(root):
-        read, names, files = (lambda path: open(path, "rb")), {root.name: root}, [root.name]
+    readable = root.is_file() and os.access(root, os.R_OK)  # is_tarfile raises where it may not read
+    if readable and not zipfile.is_zipfile(root) and not tarfile.is_tarfile(root):
+        read, names, files = open_file, {root.name: root}, [root.name]
     else:
         read, names = open_root(root)
-        files = sorted(name for name in names if name.endswith((".txt", ".jsonl")))
+        files = sorted(name for name in names
+                       if name.endswith((".txt", ".jsonl")) and not os.path.basename(name).startswith("."))
     texts = []
     for name in files or fail(f"--root {root}: no .txt or .jsonl in it"):
+        content = read_member(read, names[name])
+        if isinstance(content, Exception) or b"\0" in content:
+            reason = content if isinstance(content, Exception) else "not UTF-8 text"
+            fail(f"--root {root}: {name}: cannot be read ({reason})")
+        lines = content.decode("utf-8", "replace").splitlines()
         try:
-            with read(names[name]) as file:
-                content = file.read()
-            if b"\0" in content:
-                raise ValueError("not UTF-8 text")
-            lines = content.decode("utf-8", "replace").splitlines()
             if name.endswith(".jsonl"):
                 told = [json.loads(line)["captions"] for line in lines if line.strip()]
                 lines = [c for captions in told for c in ([captions] if isinstance(captions, str) else captions)]
             texts += [" ".join("".join(c if c.isprintable() else " " for c in text).split()) for text in lines]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            fail(f"--root {root}: {name}: not lines like {{\"captions\": [\"a text\"]}} ({type(error).__name__}: {error})")
-        except Exception as error:  # no right to read it, damage, encryption
-            fail(f"--root {root}: {name}: cannot be read ({error})")
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"--root {root}: {name}: not lines like {{\"captions\": [\"a text\"]}} "
+                 f"({type(error).__name__}: {error})")
     return [text for text in texts if text][:args.num]
 
 
@@ -478,7 +692,7 @@ def save_texts(args, folder, tokens, held_out, vocabulary, cut):
             "length": tokens.shape[1], "level": args.level, "size": None, "channels": None, "classes": None,
             "vocabulary": vocabulary, "source": source_options(args), "skipped": [], "cut": cut,
             "fingerprint": digest.hexdigest()}
-    write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    write_json(folder / "meta.json", meta)
     return meta
 
 
@@ -486,13 +700,6 @@ def save_array(path, array, digest):
     digest.update(array.tobytes())
     with open(path, "wb") as file:
         np.save(file, array)
-        os.fsync(file.fileno())
-
-
-def write_text(path, text):
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
         os.fsync(file.fileno())
 
 
@@ -517,74 +724,53 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def advise(parser, message):
-    """argparse's message, with the option that a mistyped one may have been meant for."""
-    mistyped = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-    near = difflib.get_close_matches(mistyped[1], parser._option_string_actions, 1) if mistyped else []
-    return f"{message} ({f'did you mean {near[0]}?' if near else '--help lists the options'})"
-
-
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: fail(advise(parser, message))
-    parser.add_argument("source", choices=["shapes", *TORCHVISION, "folder", "coco", "text"],
-                        help="shapes: drawn here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: "
-                             "the same with COCO's captions; text: sentences without images")
-    group = parser.add_argument_group("data")
-    group.add_argument("--out", required=True, metavar="DATA", help="folder to make")
-    group.add_argument("--root", metavar="SOURCE", help="folder: where the images are; text: a .txt, a line a text, a "
-                       "captions.jsonl, or a folder or archive of these; torchvision's sets: where they are or are "
-                       "downloaded to (then default: downloads)")
-    group.add_argument("--captions", metavar="FILE", help="coco: captions_train2017.json or its like; folder: a "
-                       "captions.jsonl elsewhere than inside or beside --root")
-    group.add_argument("--text-encoder", metavar="NAME", help="a sentence-transformers model, by name or folder, whose "
-                       "embeddings of the captions are what the networks are told")
-    group.add_argument("--size", type=int, default=64, help="side of the images made, pixels")
-    group.add_argument("--num", type=int, help="shapes: how many to draw (default 10000); else: the first so many")
-    group.add_argument("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: 1 for the MNISTs, else 3)")
-    group.add_argument("--crop", type=int, metavar="PIXELS",
-                       help="side of the centred square kept, in pixels of the source (default: the largest)")
-    group.add_argument("--background", default="white", help="colour under transparent pixels: a name or #rrggbb")
-    group.add_argument("--seed", type=int, default=0, help="shapes: which pictures are drawn")
-    group.add_argument("--strict", action="store_true", help="an unreadable image is an error, not skipped")
-    group = parser.add_argument_group("texts (source text)")
-    group.add_argument("--level", choices=["word", "char"], default="word", help="what a token is")
-    group.add_argument("--length", type=int, help="tokens a text; longer ones are cut (default: the longest text's, at "
-                       "most 32 words or 128 characters)")
-    group.add_argument("--synthetic-oracle", action="store_true", help="draw --num texts of 20 tokens from a fixed "
-                       "random LSTM over 5000, under which the likelihood of any text is known (SeqGAN's benchmark)")
-    group = parser.add_argument_group("speed")
-    group.add_argument("--workers", type=int, default=cores(), help="decoding processes")
+    parser = Parser(__doc__)
+    parser.add_argument("source", choices=["shapes", *TORCHVISION, "folder", "coco", "text"], help="shapes: drawn "
+                        "here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: the same with "
+                        "COCO's captions; text: sentences without images")
+    files = "source folder or coco"
+    add = parser.group("data")
+    add("--out", required=True, metavar="DATA", help="folder to make")
+    add("--root", metavar="SOURCE", excludes="source shapes", help="folder: where the images are; text: a .txt, a "
+        "line a text, a captions.jsonl, or a folder or archive of these; torchvision's sets: where they are or are "
+        "downloaded to (then default: downloads)")
+    add("--num", type=within(1, kind=int), help="shapes: how many to draw (default 10000); else: the first so many")
+    add("--seed", type=within(0, kind=int), default=0, needs="source shapes or text", help="which shapes are "
+        "drawn, which texts are held out")
+    add = parser.group("images", excludes=["source text"])
+    add("--size", type=within(1, kind=int), default=64, help="side of the images made, pixels")
+    add("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: 1 for the MNISTs, else 3)")
+    add("--crop", type=within(1, kind=int), metavar="PIXELS", help="side of the centred square kept, in pixels of the "
+        "source (default: the largest)")
+    add("--background", default="white", help="colour under transparent pixels: a name or #rrggbb")
+    add("--strict", action="store_true", help="an unreadable image is an error, not skipped")
+    add("--captions", metavar="FILE", needs=files, help="coco: captions_train2017.json or its like; folder: a "
+        "captions.jsonl elsewhere than inside or beside --root")
+    add("--text-encoder", metavar="NAME", needs=f"{files} or shapes", help="a sentence-transformers model, by name or "
+        "folder, whose embeddings of the captions are what the networks are told")
+    add = parser.group("texts", needs=["source text"])
+    add("--level", choices=["word", "char"], default="word", help="what a token is")
+    add("--length", type=within(1, kind=int), help="tokens a text; longer ones are cut (default: the longest text's, "
+        "at most 32 words or 128 characters)")
+    add("--synthetic-oracle", action="store_true", excludes=["--root", "--level char"], help="draw --num texts of 20 "
+        "tokens from a fixed random LSTM over 5000, under which the likelihood of any text is known (SeqGAN's "
+        "benchmark)")
+    add = parser.group("speed")
+    add("--workers", type=within(1, kind=int), default=cores(), excludes="source text", help="decoding processes")
     args = parser.parse_args(argv)
     args.channels = args.channels or (1 if "mnist" in args.source else 3)
-    for name in ("size", "num", "crop", "workers", "length"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: must be at least 1")
     try:
         ImageColor.getrgb(args.background)
     except ValueError:
         fail(f"--background {args.background}: not a colour (a name like white, or #rrggbb)")
     if args.source in ("folder", "coco", "text") and args.root is None and not args.synthetic_oracle:
         fail(f"--root is missing: the {'file of texts' if args.source == 'text' else 'folder or archive of images'}")
-    if args.source != "text" and (args.synthetic_oracle or args.length):
-        fail(f"--{'length' if args.length else 'synthetic-oracle'}: not for {args.source}, but for text")
-    if args.synthetic_oracle and (args.root or args.level == "char"):
-        fail(f"--synthetic-oracle draws words of its own: without --{'root' if args.root else 'level char'}")
-    for option in ("captions", "text_encoder"):
-        if getattr(args, option) and args.source in TORCHVISION + ("text",) + ("shapes",) * (option == "captions"):
-            fail(f"--{option.replace('_', '-')}: not for {args.source}")
     if args.source == "coco" and args.captions is None:
         fail("--captions is missing: the JSON file of COCO's captions")
     if args.source in ("folder", "coco") and not os.path.exists(args.root):
         fail(f"--root {args.root}: no such file or directory")
     return args
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in the help, the docstring as it stands."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def main():
@@ -596,7 +782,7 @@ def main():
         except (OSError, ValueError) as error:
             fail(f"--out {out}: meta.json cannot be read ({error}): delete the folder or choose another --out")
         asked = source_options(args)
-        changed = [f"--{k.replace('_', '-')} {there['source'].get(k)} there, {asked[k]} asked" for k in asked
+        changed = [f"{flag(k)} {there['source'].get(k)} there, {asked[k]} asked" for k in asked
                    if there["source"].get(k) != asked[k]]
         if changed:
             fail(f"--out {out} holds other data ({'; '.join(changed)}): delete it or choose another --out")

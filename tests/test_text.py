@@ -66,6 +66,7 @@ def test_characters_captions_and_folders(tmp_path, data):
     assert {"N", "<", "7"} < set(meta["vocabulary"]) and all(c.isprintable() for c in meta["vocabulary"])
     back = train.to_texts(torch.from_numpy(np.concatenate([tokens, held_out])), meta)
     assert "a tex" in back and "Nr 7" in back and "7<b>" in back and "r" in meta["vocabulary"] and "f" not in meta["vocabulary"]
+    (texts / "._a.txt").write_bytes(b"\0\5\x16")  # what a Mac adds to its archives
     packed = shutil.make_archive(tmp_path / "packed", "zip", texts)
     call("prepare_data.py", "text", "--root", packed, "--level", "char", "--length", "5", "--out", tmp_path / "z")
     assert np.array_equal(arrays(tmp_path / "z")[1], tokens), "an archive is read like the folder"
