@@ -237,6 +237,51 @@ def lock(folder):
     return file
 
 
+class Trackers:
+    """Where --tracker sends numbers and pictures: TensorBoard and Weights & Biases, optional packages.
+
+    A resumed run goes on in the same ones; what is logged again from `step` on replaces what was there.
+    """
+
+    def __init__(self, names, folder, run_id, step, config=None):
+        self.tensorboard = self.wandb = None
+        try:
+            if "tensorboard" in names:
+                from torch.utils.tensorboard import SummaryWriter
+                self.tensorboard = SummaryWriter(Path(folder) / "tensorboard", purge_step=step + 1)
+                text = json.dumps(config, indent=1).replace("\n", "\n    ")
+                self.tensorboard.add_text("config", f"    {text}", step)
+            if "wandb" in names:
+                import wandb
+                self.wandb = wandb.init(project="gan", name=Path(folder).resolve().name, id=run_id, resume="allow",
+                                        dir=folder, config=config)
+                self.wandb.define_metric("*", step_metric="step")
+        except Exception as error:  # no key, no network: each in its own way
+            fail(f"--tracker {' '.join(names)}: {type(error).__name__}: {error}")
+
+    def log(self, values, step, picture=None):
+        """Numbers of a dict, and a Pillow image of samples."""
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
+            if picture:
+                pixels = np.asarray(picture.convert("RGB"))
+                self.tensorboard.add_image("grid", pixels, step, dataformats="HWC")
+        if self.wandb:
+            import wandb  # its own step would refuse what a resumed run repeats
+            self.wandb.log(numbers | {"step": step} | ({"grid": wandb.Image(picture)} if picture else {}))
+
+    def close(self):
+        try:
+            if self.tensorboard:
+                self.tensorboard.close()
+            if self.wandb:
+                self.wandb.finish()
+        except Exception as error:  # they only watch
+            print(f"note: --tracker: {type(error).__name__}: {error}", file=sys.stderr)
+
+
 class Data:
     """DATA/ as it was written: `meta`, and arrays (memory maps) that agree with it, or one line that says why not."""
 

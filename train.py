@@ -2,10 +2,10 @@
 
     python train.py --data data/shapes --out runs/shapes
     torchrun --nproc_per_node=8 train.py --data data/faces --out runs/faces --batch-size 800
-    python train.py --data data/shapes --out runs/shapes --epochs 50      # called again: goes on where it stopped
+    python train.py --data data/shapes --out runs/shapes --epochs 50    # called again: goes on from there
 
-RUN/ then holds config.json, checkpoint.pt, generator.pt (all that sample.py needs), log.jsonl, status.json, grids/.
-SIGINT, SIGTERM and SIGUSR1 finish the step, save and exit with 75; the same command resumes, on a CPU bit for bit.
+RUN/ then holds config.json, checkpoint.pt, generator.pt (all that sample.py needs), log.jsonl, status.json,
+grids/. SIGINT, SIGTERM and SIGUSR1 finish the step, save and exit with 75; called again it goes on, bit for bit.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from prepare_data import (TRY_AGAIN, Data, Parser, fail, find_device, flag, lock, read_json, read_lines, whole_file,
-                          within, write_json, write_text)
+from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, lock, read_json,
+                          read_lines, whole_file, within, write_json, write_text)
 
 EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
@@ -51,62 +51,59 @@ FORMAT = 2  # of checkpoint.pt and generator.pt
 STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "grad_norm_d", "diversity",
          "clipped_g", "clipped_d")  # what the steps report; log.jsonl has the means of an interval
 # options that a resumed run may change: where, how long and how it is watched
-FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device", "compile",
-        "graphs", "max_skips", "fid_every", "fid_num", "patience", "tracker"}
+FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device",
+        "compile", "graphs", "max_skips", "fid_every", "fid_num", "patience", "tracker"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 # ---- options ---------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    """(options as resolved, those of them that the call changed as a dict)."""
-    images = "--arch " + " or ".join(name for name, entry in ARCHITECTURES.items() if entry[2] is Images)
-    count, share, weight = within(1, kind=int), within(0, 1), within(0)
+    """(options as resolved, those that differ from their defaults as a dict)."""
+    images = f"--arch {' or '.join(architectures_of(Images))}"
+    count, share, decay, weight = within(1, kind=int), within(0, 1), within(0, 0.999999), within(0)
     parser = Parser(__doc__)
     add = parser.group("data")
     add("--data", required=True, metavar="DATA", help="folder made by prepare_data.py")
     add("--out", required=True, metavar="RUN", help="folder of this run")
-    add("--condition", choices=["none", "label", "text"], default="none", needs=images,
-        help="what G and D are told: nothing, the class, or a caption")
+    add("--condition", choices=["none", "label", "text"], default="none", needs=images, help="what G and D "
+        "are told: nothing, the class, or a caption")
 
     add = parser.group("networks")
     add("--arch", choices=list(ARCHITECTURES), default="dcgan", help="; ".join(
-        f"{name}: {G.__doc__.splitlines()[0].rstrip('.')}" for name, (G, _, _) in ARCHITECTURES.items()))
-    add("--width", type=count, default=64, help="channels at the highest resolution; they double at each halving")
+        f"{name}: {G.__doc__.splitlines()[0]}" for name, (G, _, _) in ARCHITECTURES.items()))
+    add("--width", type=count, default=64, help="channels at the highest resolution, doubled at each halving")
     add("--width-d", type=count, help="the same of D alone (default: as --width)")
     add = parser.group("networks of images", needs=[images])
-    add("--extra-convs", type=within(0, 100, int), default=0, help="3×3 convolutions more at each resolution of G")
-    add("--depth", type=count, help="doublings from the first feature map to the image (default: from 4 to 7 pixels)")
+    add("--extra-convs", type=within(0, 100, int), default=0, help="more 3×3 convolutions a resolution of G")
+    add("--depth", type=count, help="doublings from first feature map to image (default: from 4 to 7 pixels)")
     add("--latent-dim", type=count, default=100, help="numbers in z")
-    add("--norm-d", choices=["batch", "none"], excludes="--arch resnet", help="normalisation in D (default: none with "
-        "--r1, --r2 or --gp, which take images one by one, else batch)")
-    add("--spectral-norm", action="store_true", excludes="--arch resnet", help="spectral normalisation of D's weights")
-    add("--attention", action="store_true", needs="--condition text", help="words attend to the places of G's middle "
-        "feature map")
-    add("--cond-augment", type=weight, default=0.0, metavar="WEIGHT", needs="--condition label or text", help="G draws "
-        "its condition from a normal distribution around it; weight of that distribution's divergence")
-    add("--grow", metavar="SIZES", excludes="--compile", help="sizes to grow through, ending with the data's: 16,32,64")
+    add("--norm-d", choices=["batch", "none"], excludes="--arch resnet", help="normalisation in D (default: "
+        "none with --r1, --r2 or --gp, which take images one by one, else batch)")
+    add("--spectral-norm", action="store_true", excludes="--arch resnet", help="of D's weights")
+    add("--attention", action="store_true", needs="--condition text", help="words attend to places in G")
+    add("--cond-augment", type=weight, default=0.0, metavar="WEIGHT", needs="--condition label or text",
+        help="G draws its condition from a normal distribution around it; weight of that distribution's "
+        "divergence")
+    add("--grow", metavar="SIZES", excludes="--compile", help="sizes to grow through, as 16,32,64")
 
     add = parser.group("objective")
-    add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; hinge; "
-        "lsgan; wgan-gp; relativistic: of real against fake in pairs")
-    add("--r1", type=weight, metavar="GAMMA", help="weight of D's squared gradient at real images (default: 0.05 with "
-        "relativistic, else 0)")
+    add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; "
+        "hinge; lsgan; wgan-gp; relativistic: of real against fake in pairs")
+    add("--r1", type=weight, metavar="GAMMA", help="weight of D's squared gradient at real images (default: "
+        "0.05 with relativistic, else 0)")
     add("--r2", type=weight, metavar="GAMMA", help="the same at fakes")
-    add("--gp", type=weight, metavar="WEIGHT", help="gradient penalty between real and fake (default: 10 with wgan-gp, "
-        "else 0)")
-    add("--feature-matching", type=weight, default=0.0, metavar="WEIGHT", help="G matches the mean of D's features; "
-        "0.01 helps, 0.1 is known to destabilise")
-    add("--mismatch-weight", type=within(0, 0.99), default=0.0, metavar="SHARE", needs="--condition label or text",
-        help="share of D's loss that tells real images with their own condition from those with another's; 0.5 is "
-        "GAN-CLS")
-    add("--real-label", type=share, default=1.0, needs="--loss bce or lsgan", help="D's target for real images; 0.9 "
-        "is one-sided smoothing")
-    add("--fake-label", type=share, default=0.0, needs="--loss bce or lsgan", help="D's target for fakes; 0.1 makes "
-        "the smoothing two-sided")
+    add("--gp", type=weight, metavar="WEIGHT", help="gradient penalty between real and fake (default: 10 "
+        "with wgan-gp, else 0)")
+    add("--feature-matching", type=weight, default=0.0, metavar="WEIGHT", help="G matches D's mean features")
+    add("--mismatch-weight", type=within(0, 0.99), default=0.0, metavar="SHARE",
+        needs="--condition label or text", help="share of D's loss that tells real images with their own "
+        "condition from those with another's; 0.5 is GAN-CLS")
+    add("--real-label", type=share, default=1.0, needs="--loss bce or lsgan", help="D's target for real ones")
+    add("--fake-label", type=share, default=0.0, needs="--loss bce or lsgan", help="D's target for fakes")
 
     add = parser.group("optimisation")
-    add("--batch-size", type=count, default=64, help="images a step, over all processes and accumulation steps")
+    add("--batch-size", type=count, default=64, help="images a step, over all processes and parts")
     add("--epochs", type=count, default=25, help="passes over the data")
     add("--max-steps", type=count, help="end after so many steps, if that is earlier")
     add("--lr-g", type=share, default=2e-4, help="learning rate of G")
@@ -115,17 +112,14 @@ def parse_args(argv=None):
     add("--d-interval", type=count, default=1, help="D learns in one of so many steps")
     add("--schedule", choices=["constant", "linear", "cosine", "cosine-restarts"], default="constant",
         help="course of both learning rates")
-    add("--warmup", type=within(0, kind=int), default=0, metavar="STEPS", help="steps over which the learning rates "
-        "rise from 0")
+    add("--warmup", type=within(0, kind=int), default=0, metavar="STEPS", help="in which they rise from 0")
     add("--restarts", type=count, default=4, needs="--schedule cosine-restarts", help="cycles")
-    add("--lr-final", type=share, default=0.0, needs="--schedule linear or cosine or cosine-restarts", help="where it "
-        "ends, as a share of the learning rate")
+    add("--lr-final", type=share, default=0.0, needs="--schedule linear or cosine or cosine-restarts",
+        help="where it ends, as a share of the learning rate")
     add("--optimizer", choices=list(OPTIMIZERS), default="adam", help="adamw decays weights by 0.01")
-    add("--beta1", type=within(0, 0.999999), default=0.5, needs="--optimizer adam or adamw", help="decay of the mean "
-        "gradient")
-    add("--beta2", type=within(0, 0.999999), default=0.999, help="decay of the mean square, RMSprop's too")
-    add("--ema", type=within(0, 0.999999), default=0.999, help="decay a step of G's running average, which is what is "
-        "sampled")
+    add("--beta1", type=decay, default=0.5, needs="--optimizer adam or adamw", help="of the mean gradient")
+    add("--beta2", type=decay, default=0.999, help="decay of the mean square, RMSprop's too")
+    add("--ema", type=decay, default=0.999, help="decay a step of the average of G")
     add("--clip-grad", type=within(1e-12), help="largest norm of a network's gradient")
     add("--grad-accum", type=count, default=1, help="parts into which a batch is cut to save memory")
     add("--max-skips", type=count, default=100, help="non-finite updates in a row that end the run")
@@ -133,30 +127,27 @@ def parse_args(argv=None):
         kind.add_options(parser)
 
     add = parser.group("precision and speed")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision; auto: bf16 where the "
-        "hardware has it, fp16 on older GPUs, else off")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision; auto: bf16 "
+        "where the hardware has it, fp16 on older GPUs, else off")
     add("--compile", action="store_true", help="torch.compile both networks")
-    add("--graphs", choices=["auto", "off"], default="auto", help="auto: on a GPU the step is recorded once as a CUDA "
-        "graph and replayed, except with --grow, rmsprop and texts")
+    add("--graphs", choices=["auto", "off"], default="auto", help="auto: on a GPU the step is recorded once "
+        "as a CUDA graph and replayed, except with --grow, rmsprop and texts")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
     add = parser.group("run")
-    add("--seed", type=within(0, 2 ** 63, int), default=0, help="decides weights, order of the images and noise")
+    add("--seed", type=within(0, 2 ** 63, int), default=0, help="decides weights, order of images and noise")
     add("--log-every", type=count, default=50, help="steps between lines of log.jsonl")
     add("--save-every", type=count, default=1000, help="steps between checkpoints")
     add("--grid-every", type=count, default=500, help="steps between sample grids")
     add("--fid-every", type=count, metavar="EPOCHS", needs=images, help="epochs between FIDs of the averaged "
         "generator; best.pt is the lowest's")
-    add("--fid-num", type=within(2, kind=int), default=2048, needs="--fid-every", help="generated and real images of "
-        "that FID, each")
-    add("--patience", type=count, metavar="N", needs="--fid-every", help="end after N of these FIDs without a better "
-        "one")
-    add("--tracker", action="append", default=[], choices=["tensorboard", "wandb"], help="also log to this; may be "
-        "given twice")
-    add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there is one; "
-        "never: start over and replace what RUN holds; or a checkpoint's path")
+    add("--fid-num", type=within(2, kind=int), default=2048, needs="--fid-every", help="images of each side")
+    add("--patience", type=count, metavar="N", needs="--fid-every", help="end after N FIDs without a better")
+    add("--tracker", action="append", default=[], choices=["tensorboard", "wandb"], help="log there too")
+    add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there "
+        "is one; never: start over and replace what RUN holds; or a checkpoint's path")
     args = parser.parse_args(argv)
-    changed = {name: getattr(args, name) for name in parser.named if getattr(args, name) != parser.get_default(name)}
+    changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
     for name, default in {"r1": 0.0, "r2": 0.0, "gp": 0.0, **LOSSES[args.loss][2]}.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -173,26 +164,26 @@ def parse_args(argv=None):
 class Images:
     """DATA of images, and what G and D are told of each: nothing, its class, or one of its captions.
 
-    rows (N, H, W, C) uint8; conditions: None, labels (N,), captions (N, K, L) of token ids, or their embeddings
-    (N, K, n). A batch of it is images (B, H, W, C) uint8; its dial is the size drawn, see Generator.
+    rows (N, H, W, C) uint8; conditions: None, labels (N,), captions (N, K, L) of token ids, or their
+    embeddings (N, K, n). The dial is the size drawn, see Generator.
     """
     unit = "images"
 
     @staticmethod
     def add_options(parser):
-        add = parser.group("augmentation of images", needs=["--arch " + " or ".join(
-            name for name, entry in ARCHITECTURES.items() if entry[2] is Images)])
+        add = parser.group("augmentation", needs=[f"--arch {' or '.join(architectures_of(Images))}"])
         add("--flip", action="store_true", help="mirror half of the real images, left to right")
-        add("--crop-shift", type=within(0, 0.5), default=0.0, metavar="SHARE", help="move real images by up to this "
-            "share of a side")
-        add("--jitter", type=within(0, 1), default=0.0, metavar="STRENGTH", help="vary brightness, contrast and "
-            "saturation of real images; G learns that too")
-        add("--diffaug", action="store_true", help="DiffAugment real and generated images alike: for some thousand "
-            "images")
+        add("--crop-shift", type=within(0, 0.5), default=0.0, metavar="SHARE", help="move real images by up "
+            "to this share of a side")
+        add("--jitter", type=within(0, 1), default=0.0, metavar="STRENGTH", help="vary brightness, contrast "
+            "and saturation of real images; G learns that too")
+        add("--diffaug", action="store_true", help="DiffAugment real and generated images alike: for some "
+            "thousand images")
 
     def __init__(self, args):
         data, kind = Data(args.data), args.condition
         self.args, self.meta = args, data.meta
+        self.steady = not args.grow  # every step does the same, and can be recorded
         if data.meta["size"] is None:
             fail(f"--arch {args.arch}: {args.data} holds no images")
         if kind != "none" and not data.meta["classes" if kind == "label" else "vocabulary"]:
@@ -208,11 +199,11 @@ class Images:
         args, meta, size = self.args, self.meta, self.meta["size"]
         depth = args.depth or default_depth(size)
         if size % 2 ** depth or not 2 <= size >> depth <= 15:
-            fail(f"--data {args.data}: {size} pixels halved {depth} times (--depth) do not end at 2 to 15 pixels; sizes "
-                 f"like 28, 32, 64 or 128 do")
-        known = {"none": 0, "label": len(meta["classes"] or ()), "text": len(meta["vocabulary"] or ()),
-                 "vector": self.conditions.shape[2] if self.condition == "vector" else 0}[self.condition]
-        names = "arch", "width", "width_d", "extra_convs", "latent_dim", "norm_d", "spectral_norm", "attention"
+            fail(f"--data {args.data}: {size} pixels halved {depth} times (--depth) do not end at 2 to 15, as "
+                 f"28, 32, 64 or 128 do")
+        known = self.conditions.shape[2] if self.condition == "vector" else len(
+            {"none": (), "label": meta["classes"], "text": meta["vocabulary"]}[self.condition])
+        names = "arch width width_d extra_convs latent_dim norm_d spectral_norm attention".split()
         return {name: getattr(args, name) for name in names} | {
             "depth": depth, "sizes": find_sizes(args.grow, size, depth), "channels": meta["channels"],
             "condition": self.condition, "known": known, "cond_augment": args.cond_augment > 0}
@@ -229,10 +220,6 @@ class Images:
 
     def sampling_dial(self, run, step):
         return self.dial(run, max(step - 1, 0))
-
-    def steady(self, run):
-        """Whether every step does the same, so that it can be recorded."""
-        return len(run.model["sizes"]) == 1 and run.args.optimizer != "rmsprop"
 
     def temperature(self, run, step):
         return None
@@ -253,7 +240,8 @@ class Images:
 
     def grid_rows(self):
         """The real images whose conditions the grid shows; of classes, all in turn."""
-        order = np.argsort(self.conditions, kind="stable") if self.condition == "label" else np.arange(len(self.rows))
+        label = self.condition == "label"
+        order = np.argsort(self.conditions, kind="stable") if label else np.arange(len(self.rows))
         return order[::max(1, len(order) // GRID)][:GRID]
 
     def samples(self, drawn):
@@ -268,10 +256,10 @@ class Images:
 
     def about(self):
         """What sample.py has to know of DATA."""
-        counts = np.bincount(self.conditions, minlength=len(self.meta["classes"])).tolist() if (
-            self.condition == "label") else None
-        return {"classes": self.meta["classes"], "class_counts": counts, "vocabulary": self.meta["vocabulary"],
-                "text_encoder": self.meta.get("text_encoder")}
+        about = {k: self.meta.get(k) for k in ("classes", "vocabulary", "text_encoder")}
+        if self.condition == "label":
+            about["class_counts"] = np.bincount(self.conditions, minlength=len(about["classes"])).tolist()
+        return about
 
 
 def default_depth(size):
@@ -298,10 +286,10 @@ def find_sizes(grow, size, depth):
 def batches(run, start):
     """Yield (rows (B, …) of DATA, condition (B, …) or None) on the device for the steps from `start` on.
 
-    B is this process's share of the batch. The order of an epoch, and which of an image's captions is taken, come
-    from (seed, epoch) alone; one thread gathers a batch ahead.
+    B is this process's share of the batch. The order of an epoch, and which of an image's captions is taken,
+    come from (seed, epoch) alone; one thread gathers a batch ahead.
     """
-    rows, conditions, share, orders = run.data.rows, run.data.conditions, run.args.batch_size // run.world, {}
+    rows, conditions, orders, share = run.data.rows, run.data.conditions, {}, run.args.batch_size // run.world
     resident = run.device.type == "cuda" and rows.nbytes < 0.5 * torch.cuda.mem_get_info(run.device)[0]
     if resident:
         rows = torch.from_numpy(np.array(rows)).to(run.device)
@@ -346,7 +334,7 @@ def to_device(array, device):
 
 
 def latents(seed, numbers, dim):
-    """z (n, dim) float32 for the images with these numbers: a function of (seed, number), wherever it is drawn."""
+    """z (n, dim) float32 of the images with these numbers: a function of (seed, number) alone."""
     return torch.from_numpy(np.stack([np.random.default_rng([seed, i]).standard_normal(dim, np.float32)
                                       for i in numbers]))
 
@@ -378,7 +366,7 @@ def augment(x, args):
 
 
 def diffaug(x):
-    """DiffAugment (Zhao et al. 2020), differentiable: colour, shift by up to 1/8, a square of half the side cut out."""
+    """DiffAugment (Zhao et al. 2020): colour, shift by up to 1/8, a square of half the side cut out."""
     return cut_out(shift(colour(x, 0.5), 1 / 8, "constant"))
 
 
@@ -405,7 +393,8 @@ def shift(x, share, mode):
 def cut_out(x):
     side = x.shape[2]
     top, left = torch.randint(0, side + 1, (2, len(x), 1), device=x.device)
-    rows, columns = ((torch.arange(side, device=x.device) + 0.5 - middle).abs() < side / 4 for middle in (top, left))
+    places = torch.arange(side, device=x.device) + 0.5
+    rows, columns = ((places - middle).abs() < side / 4 for middle in (top, left))
     return x * ~(rows[:, None, :, None] & columns[:, None, None, :])
 
 
@@ -414,7 +403,7 @@ def cut_out(x):
 class Encoder(nn.Module):
     """A condition -> (vector (B, EMBEDDING), words (B, L, EMBEDDING), mask (B, L) of the words).
 
-    kind: label, class numbers (B,); text, token ids (B, L), 0 = padding; vector, sentence embeddings (B, known) that
+    kind: label, class numbers (B,); text, token ids (B, L), 0 = padding; vector, embeddings (B, known) that
     prepare_data.py made. Only text has words.
     """
 
@@ -451,10 +440,11 @@ class WordAttention(nn.Module):
 class Generator(nn.Module):
     """G(z (B, noise_dim), condition, dial) -> images (B, channels, size, size) in [-1, 1].
 
-    condition: what the encoder of the model's kind takes, or None. The first stage makes a small feature map, each
-    other doubles it, and so does the head. With several sizes (--grow) the dial says which is drawn: 0.3 is the
-    second at 30 % over the first; None the last.
+    condition: what the encoder of its kind takes, or None. The first stage makes a small feature map, each
+    other doubles it, and so does the head. With several sizes (--grow) the dial says which is drawn: 0.3 is
+    the second at 30 % over the first; None the last.
     """
+    init = staticmethod(lambda module: None)  # how parts are initialised where PyTorch's way will not do
 
     def __init__(self, m):
         super().__init__()
@@ -471,9 +461,6 @@ class Generator(nn.Module):
         for part in (self.stages, self.heads):
             part.apply(self.init)
         self.attend = WordAttention(widths[self.attended]) if m.attention else None
-
-    def init(self, module):
-        """How a part is initialised, where PyTorch's way will not do."""
 
     def distribution(self, vector):
         """Mean and log variance (B, EMBEDDING) of what an encoded condition becomes (Zhang et al. 2017)."""
@@ -508,16 +495,17 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(images (B, channels, size, size) in [-1, 1], condition, dial) -> (logits (B,), features (B, C)), float32.
+    """D(images (B, channels, size, size), condition, dial) -> float32 (logits (B,), features (B, C)).
 
-    The condition is judged by projection (Miyato & Koyama 2018) on the sum of the features over the places; what is
-    returned is their mean.
+    The condition is judged by projection (Miyato & Koyama 2018) on the sum of the features over the places;
+    what is returned is their mean.
     """
+    init = staticmethod(lambda module: None)
 
     def __init__(self, m):
         super().__init__()
         widths, self.normalised = [m.width_d << i for i in range(m.depth)], m.norm_d == "batch"
-        self.starts = [(m.sizes[-1] // size).bit_length() - 1 for size in m.sizes]  # the first stage of each size
+        self.starts = [(m.sizes[-1] // size).bit_length() - 1 for size in m.sizes]  # first stage of each size
         self.stems = nn.ModuleList(self.stem(m.channels, widths[start]) for start in self.starts)
         self.stages = nn.ModuleList(self.stage(a, b) for a, b in zip(widths, widths[1:]))
         self.head, self.places = self.last(widths[-1], m.sizes[-1] >> m.depth), (m.sizes[-1] >> m.depth) ** 2
@@ -531,9 +519,6 @@ class Discriminator(nn.Module):
         if m.spectral_norm:
             for module in [x for x in self.modules() if isinstance(x, (nn.Conv2d, nn.Linear))]:
                 nn.utils.parametrizations.spectral_norm(module)
-
-    def init(self, module):
-        """How a part is initialised, where PyTorch's way will not do."""
 
     def forward(self, x, condition=None, dial=None):
         level = len(self.stems) - 1 if dial is None else dial
@@ -549,7 +534,7 @@ class Discriminator(nn.Module):
         return logits if self.encode is None else logits + self.match(features, condition), features
 
     def match(self, features, condition):
-        """How well features (B, C) fit conditions: the part of the logits (B,) that comes from the condition."""
+        """How well features (B, C) fit conditions: the part of the logits (B,) that is theirs."""
         return (self.project(self.encode(condition)[0]).float() * features).sum(1) * self.places
 
 
@@ -613,7 +598,8 @@ class UpsampleGenerator(Generator):
     def stage(self, a, b, extra):
         layers = [nn.Upsample(scale_factor=2)]
         for inputs in [a] + [b] * extra:
-            layers += [nn.Conv2d(inputs, b, 3, 1, 1), nn.BatchNorm2d(b, momentum=0.8), nn.LeakyReLU(0.2, True)]
+            normal = nn.BatchNorm2d(b, momentum=0.8)
+            layers += [nn.Conv2d(inputs, b, 3, 1, 1), normal, nn.LeakyReLU(0.2, True)]
         return nn.Sequential(*layers)
 
     def head(self, width, channels):
@@ -621,7 +607,7 @@ class UpsampleGenerator(Generator):
 
 
 class UpsampleDiscriminator(Discriminator):
-    """Strided 3×3 convolutions, LeakyReLU 0.2, dropout of a quarter of the maps, batch normalisation from block 2."""
+    """Strided 3×3 convolutions, LeakyReLU, dropout of a quarter of the maps, normalisation from block 2."""
 
     def stem(self, channels, width):
         return nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout2d(0.25))
@@ -678,17 +664,18 @@ class ResnetDiscriminator(Discriminator):
 # ---- texts -----------------------------------------------------------------------------------------------
 
 class Texts:
-    """DATA of texts, with the members of Images: rows (N, L) of token ids, 0 = padding; the dial is a temperature."""
+    """DATA of texts, used as Images is: rows (N, L) of token ids, 0 = padding. The dial is a temperature."""
     unit = "texts"
-    conditions = None
+    conditions, steady = None, False
 
     @staticmethod
     def add_options(parser):
         add = parser.group("texts", needs=["--arch seq"])
         temperature = within(1e-6, 1e6)
-        add("--pretrain-epochs", type=within(0, kind=int), default=0, help="the first of the epochs, in which G "
-            "learns by likelihood alone")
-        add("--pretrain-lr", type=within(0, 1), default=5e-3, needs="--pretrain-epochs", help="its learning rate")
+        add("--pretrain-epochs", type=within(0, kind=int), default=0, help="the first of the epochs, in "
+            "which G learns by likelihood alone")
+        add("--pretrain-lr", type=within(0, 1), default=5e-3, needs="--pretrain-epochs", help="its learning "
+            "rate")
         add("--temperature-schedule", choices=["epochs", "exponential"], default="epochs", help="of the "
             "Gumbel-softmax. epochs: times --temperature-decay each; exponential: evenly from start to end, "
             "RelGAN's with 1 and 0.01")
@@ -703,36 +690,33 @@ class Texts:
         if not data.meta.get("length"):
             fail(f"--arch {args.arch}: {args.data} holds no texts")
         self.rows = data.array("tokens")
+        self.pretrain_steps = args.pretrain_epochs * (len(self.rows) // args.batch_size)
 
     def model(self):
         return {"arch": self.args.arch, "width": self.args.width, "width_d": self.args.width_d,
                 "length": self.meta["length"], "vocabulary": len(self.meta["vocabulary"])}
 
     def lr_g(self, run, step):
-        return run.args.pretrain_lr if step < run.args.pretrain_epochs * run.steps_per_epoch else run.args.lr_g
+        return run.args.pretrain_lr if step < self.pretrain_steps else run.args.lr_g
 
     def dial(self, run, step):
         """The temperature of the Gumbel-softmax."""
-        args, begin = run.args, run.args.pretrain_epochs * run.steps_per_epoch
-        if args.temperature_schedule == "exponential":  # Nie et al. 2019
-            share = max(step - begin, 0) / max(run.schedule_steps - begin, 1)
-            return args.temperature_start * (args.temperature_end / args.temperature_start) ** share
-        epoch = max(step - begin, 0) // run.steps_per_epoch
-        return max(args.temperature_end, args.temperature_start * args.temperature_decay ** epoch)
+        start, end = run.args.temperature_start, run.args.temperature_end
+        done = max(step - self.pretrain_steps, 0)
+        if run.args.temperature_schedule == "exponential":  # Nie et al. 2019
+            return start * (end / start) ** (done / max(run.schedule_steps - self.pretrain_steps, 1))
+        return max(end, start * run.args.temperature_decay ** (done // run.steps_per_epoch))
 
     temperature = dial
 
     def sampling_dial(self, run, step):
         return 1.0
 
-    def steady(self, run):
-        return False
-
     def real(self, run, tokens, dial):
         return F.one_hot(tokens.long(), run.model["vocabulary"]).float()
 
     def step(self, run, state, turn, tokens, condition):
-        if state.step >= run.args.pretrain_epochs * run.steps_per_epoch:
+        if state.step >= self.pretrain_steps:
             return train_step(run, state, turn, tokens, condition)
         for part in tokens.long().chunk(run.args.grad_accum):  # G alone, towards the likelihood of the texts
             with run.autocast():
@@ -768,9 +752,9 @@ def to_texts(tokens, vocabulary, level):
 class SequenceGenerator(nn.Module):
     """An LSTM that writes tokens by Gumbel-softmax: G(noise (B, L), None, temperature) -> texts (B, L, V).
 
-    A token is a row of a unit matrix. In training it is drawn by Gumbel noise of its own, and its gradient is that of
-    the softmax at this temperature (Jang et al. 2017, straight through). In eval mode the noise decides it, as a
-    quantile, after the logits were divided by the temperature. After a 0, the padding, come only zeros.
+    A token is a row of a unit matrix. In training it is drawn by Gumbel noise of its own, and its gradient is
+    that of the softmax at this temperature (Jang et al. 2017, straight through). In eval mode the noise picks
+    it, as a quantile, from logits divided by the temperature. After a 0, the padding, come only zeros.
     """
 
     def __init__(self, m):
@@ -798,7 +782,7 @@ class SequenceGenerator(nn.Module):
         return torch.stack(texts, 1)
 
     def likelihood(self, tokens):
-        """Negative logarithm (B, L) of each token's probability, and which of them count: up to the first 0."""
+        """Negative logarithm (B, L) of each token's probability, and which count: up to the first 0."""
         inputs, state, outputs = F.embedding(tokens[:, :-1], self.embed.weight.T), None, []
         for x in (self.start.expand(len(tokens), -1), *inputs.unbind(1)):
             state = self.lstm(x, state)
@@ -808,7 +792,7 @@ class SequenceGenerator(nn.Module):
 
 
 class SequenceDiscriminator(nn.Module):
-    """D(texts (B, L, V)) -> (logits (B,), features (B, C)): convolutions over 2 to 5 tokens, the largest (Kim 2014)."""
+    """D(texts (B, L, V)) -> (logits (B,), features (B, C)): maxima of convolutions over 2 to 5 (Kim 2014)."""
 
     def __init__(self, m):
         super().__init__()
@@ -834,6 +818,11 @@ ARCHITECTURES = {  # name: (generator, discriminator, kind of data)
 }
 
 
+def architectures_of(kind):
+    """Names of the architectures for this kind of data."""
+    return [name for name, entry in ARCHITECTURES.items() if entry[2] is kind]
+
+
 def build_networks(model):
     """(G, D) from what the kind of data's model() gave, as it is stored in checkpoints."""
     generator, discriminator, _ = ARCHITECTURES[model["arch"]]
@@ -845,7 +834,7 @@ def build_networks(model):
 
 
 def load_generator(path, device="cpu"):
-    """The generator in a generator.pt, ready to sample: (network in eval mode, the file's other entries as a dict)."""
+    """The generator in a generator.pt, in eval mode, and the file's other entries as a dict."""
     saved = load_file(path)
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path}: of another version of train.py; draw with that one, or train again")
@@ -853,7 +842,7 @@ def load_generator(path, device="cpu"):
         generator, _ = build_networks(saved["model"])
         generator.load_state_dict(saved.pop("generator"))
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a generator that train.py wrote ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: no generator of train.py ({type(error).__name__}: {error})") from None
     return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), saved
 
 
@@ -868,7 +857,7 @@ def least_squares(real, fake, args):
     return 0.5 * ((real - args.real_label).square().mean() + (fake - args.fake_label).square().mean())
 
 
-# name: (loss of D from (real, fake, args), loss of G from (fake, real), options that go with it where none are named)
+# name: (loss of D from (real, fake, args), loss of G from (fake, real), options that go with it unless named)
 LOSSES = {
     # Goodfellow et al. 2014, G non-saturating; smoothed targets: Salimans et al. 2016
     "bce": (cross_entropy, lambda fake, real: F.softplus(-fake).mean(), {}),
@@ -878,7 +867,8 @@ LOSSES = {
     # Mao et al. 2017
     "lsgan": (least_squares, lambda fake, real: 0.5 * (fake - 1).square().mean(), {}),
     # Gulrajani et al. 2017
-    "wgan-gp": (lambda real, fake, args: fake.mean() - real.mean(), lambda fake, real: -fake.mean(), {"gp": 10.0}),
+    "wgan-gp": (lambda real, fake, args: fake.mean() - real.mean(),
+                lambda fake, real: -fake.mean(), {"gp": 10.0}),
     # pairs of real and fake: Jolicoeur-Martineau 2019; with R1 and R2: Huang et al. 2024
     "relativistic": (lambda real, fake, args: F.softplus(fake - real).mean(),
                      lambda fake, real: F.softplus(real - fake).mean(), {"r1": 0.05, "r2": 0.05}),
@@ -952,7 +942,7 @@ def learning_rate(base, args, step, total):
 # ---- the state, and what moves it ------------------------------------------------------------------------
 
 class Saved:
-    """The attributes named in `saved`, as a tree of tensors, numbers and strings for a checkpoint, and back."""
+    """The attributes named in `saved` as a tree of tensors, numbers and strings, and back."""
 
     def state_dict(self):
         values = {name: getattr(self, name) for name in self.saved}
@@ -975,13 +965,14 @@ class Player(Saved):
 
     def __init__(self, run, name, net):
         self.name, self.net, self.params = name, net, list(net.parameters())
-        self.weights, self.statistics = flatten(self.params, run.device), flatten(floats(net.buffers()), run.device)
+        self.weights = flatten(self.params, run.device)
+        self.statistics = flatten([x for x in net.buffers() if x.is_floating_point()], run.device)
         self.skip = torch.zeros((), device=run.device)  # 1 where the last update was left out
-        self.skips = torch.zeros(3, device=run.device)  # left out: in all, in a row, longest row of an interval
+        self.skips = torch.zeros(3, device=run.device)  # in all, in a row, the longest row of an interval
         exact = torch.float64 if run.device.type == "cpu" else torch.float32
         self.lr = torch.zeros((), dtype=exact, device=run.device)
         self.optimizer = OPTIMIZERS[run.args.optimizer](self.params, self.lr, run.args)
-        self.optimizer.found_inf = self.skip  # a fused optimiser then leaves weights, moments, its count alone
+        self.optimizer.found_inf = self.skip  # 1: it leaves weights, moments and its count alone
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
         self.losses = []  # of the step under way
 
@@ -995,9 +986,9 @@ class Player(Saved):
         self.scaler.scale(loss).backward(inputs=self.params)
 
     def update(self, run):
-        """Step, unless the gradient or loss of any process is not finite: decided on the device, nobody waits.
+        """Step, unless the gradient or loss of any process is not finite; returns what the log says of it.
 
-        Returns the norm of the gradient before clipping, and whether it was clipped, for the log.
+        That is decided on the device, and nobody waits for it.
         """
         params = [p for p in self.params if p.grad is not None]  # a size that is not drawn yet has none
         grads, loss = [p.grad for p in params], sum(self.losses)
@@ -1020,22 +1011,22 @@ class Player(Saved):
 
 
 class Average(Saved):
-    """The running average of G's weights and batch statistics, which is what is sampled (Yazıcı et al. 2019)."""
+    """The running average of G's weights and statistics, which is what is sampled (Yazıcı et al. 2019)."""
     saved = ("net",)
 
     def __init__(self, G):
         self.net = copy.deepcopy(G.net).eval().requires_grad_(False)
-        device, self.weight = G.skip.device, torch.zeros_like(G.skip)  # the weight of G, of the step under way
-        self.weights = flatten(list(self.net.parameters()), device)
-        self.statistics = flatten(floats(self.net.buffers()), device)
+        self.weights = flatten(list(self.net.parameters()), G.skip.device)
+        self.statistics = flatten([x for x in self.net.buffers() if x.is_floating_point()], G.skip.device)
+        self.share = torch.zeros_like(G.skip)  # of G in it, at the step under way
 
     def update(self, G):
-        self.weights.lerp_(G.weights, self.weight)
-        self.statistics.lerp_(G.statistics, self.weight)
+        self.weights.lerp_(G.weights, self.share)
+        self.statistics.lerp_(G.statistics, self.share)
 
 
 class Meter(Saved):
-    """Means over an interval of what the steps report, on the device; a value that is not finite does not count."""
+    """Means over an interval of what the steps report, on the device; what is not finite does not count."""
     saved = ("sums",)
 
     def __init__(self, device):
@@ -1044,7 +1035,7 @@ class Meter(Saved):
         self.noted = {}  # name: values of the step under way, a part each
 
     def note(self, **values):
-        """Values of a part of a batch: means are taken of those that are given image by image."""
+        """Values of a part of a batch, for all of it or image by image."""
         for name, value in values.items():
             value = value.detach().float()
             self.noted.setdefault(name, []).append(value.mean() if value.ndim else value)
@@ -1057,7 +1048,7 @@ class Meter(Saved):
         self.noted.clear()
 
     def read(self, run):
-        """{name: mean over the interval and all processes, or None}; begins another interval. Waits for the device."""
+        """{name: mean over the interval and all processes, or None}; begins anew. Waits for the device."""
         sums, counts = run.sum(self.sums).tolist()
         self.sums.zero_()
         return {name: s / n if n else None for name, s, n in zip(STATS, sums, counts)}
@@ -1074,10 +1065,6 @@ class State(Saved):
     best: dict | None = None  # the lowest FID so far, and since how many it is that
     notes: dict = field(default_factory=dict)  # what diagnose() has said
     saved = property(lambda self: [f.name for f in fields(self)])
-
-
-def floats(tensors):
-    return [x for x in tensors if x.is_floating_point()]
 
 
 def flatten(tensors, device):
@@ -1118,57 +1105,37 @@ class Turn(NamedTuple):
     dial: float  # see Images and Texts
 
 
-class Now(NamedTuple):
-    """What holds at a step."""
-    lr_g: float
-    lr_d: float
-    average: float  # weight of G in its running average
-    turn: Turn
-
-
 @dataclass(frozen=True)
 class Run:
     """What was asked for and where it runs: nothing of it changes while it trains."""
     args: Namespace  # the options as resolved
-    changed: dict  # those that the call named
-    data: Images  # or another kind of data
+    changed: dict  # those that differ from their defaults
+    data: object  # Images or Texts
     model: dict  # what build_networks() takes
     device: torch.device
     amp: str  # off, bf16 or fp16
-    rank: int = 0
-    world: int = 1  # processes
-    group: object = None  # of all processes, on the host
-
-    @property
-    def out(self):
-        return Path(self.args.out)
-
-    @property
-    def steps_per_epoch(self):
-        return len(self.data.rows) // self.args.batch_size
-
-    @property
-    def schedule_steps(self):
-        return self.args.epochs * self.steps_per_epoch
-
-    @property
-    def total(self):
-        return min(self.schedule_steps, self.args.max_steps or self.schedule_steps)
+    steps_per_epoch: int
+    schedule_steps: int  # which --epochs asks for
+    total: int  # which are made
+    out: Path
+    rank: int
+    world: int  # processes
+    group: object = None  # all of them, on the host
 
     def at(self, step):
-        """What holds at a step, by its number alone: resuming has nothing of it to restore."""
+        """(learning rates of G and D, G's share in its average, Turn), from a step's number alone."""
         args, total = self.args, self.schedule_steps
-        decay = min(args.ema, (1 + step) / (10 + step))  # short at first, so that the first weights are forgotten
+        lr_g = learning_rate(self.data.lr_g(self, step), args, step, total)
+        decay = min(args.ema, (1 + step) / (10 + step))  # short at first, to forget the first weights
         turn = Turn(step % args.d_interval == 0, (step + 1) % args.d_steps == 0, self.data.dial(self, step))
-        return Now(learning_rate(self.data.lr_g(self, step), args, step, total),
-                   learning_rate(args.lr_d, args, step, total), 1 - decay, turn)
+        return lr_g, learning_rate(args.lr_d, args, step, total), 1 - decay, turn
 
     def autocast(self):
         dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.amp != "off")
 
     def average_(self, tensors):
-        """Put the mean over the processes into tensors, in one message: penalties and two passes are no trouble."""
+        """Put the mean over the processes into tensors, in one message."""
         if self.world > 1:
             flat = torch.cat([x.flatten() for x in tensors]) / self.world
             dist.all_reduce(flat)
@@ -1193,26 +1160,26 @@ class Run:
 # ---- the step --------------------------------------------------------------------------------------------
 
 def prepare_step(run, state):
-    """Put what Python decides where the step finds it as tensors: random numbers, learning rates, the average."""
-    now = run.at(state.step)
+    """Put what Python decides where the step finds it: random numbers, learning rates, the average's."""
+    lr_g, lr_d, share, turn = run.at(state.step)
     generator_of(run.device).manual_seed(seed_of(run.args.seed, state.step, run.rank))
-    state.G.lr.fill_(now.lr_g)
-    state.D.lr.fill_(now.lr_d)
-    state.ema.weight.fill_(now.average)
-    return now.turn
+    state.G.lr.fill_(lr_g)
+    state.D.lr.fill_(lr_d)
+    state.ema.share.fill_(share)
+    return turn
 
 
 def train_step(run, state, turn, batch, condition):
     """D learns to tell x from G(z), then G learns to make D take G(z) for real (Goodfellow et al. 2014).
 
-    batch: rows (B, …) of DATA; condition (B, …) or None. Nothing here waits for the device, and no number changes
-    from step to step: what does is in tensors, see prepare_step(), or in the turn.
+    batch: rows (B, …) of DATA; condition (B, …) or None. Nothing here waits for the device, and no number
+    changes from step to step: what does is in tensors, see prepare_step(), or in the turn.
     """
     G, D, meter = state.G.net, state.D.net, state.meter
     x = run.data.real(run, batch, turn.dial)
     z = torch.randn(len(x), G.noise_dim, device=run.device)
     parts = split(run.args.grad_accum, x, condition, z)
-    reuse = turn.train_g and len(parts) == 1  # one pass of G serves both; graphs of parts would fill the memory
+    reuse = turn.train_g and len(parts) == 1  # one pass of G serves both; of parts it would fill the memory
     statistics = state.G.statistics.clone()
 
     for x, c, z in parts if turn.train_d or reuse else ():
@@ -1271,7 +1238,7 @@ def generator_of(device):
 def capture(function):
     """The launches of a call as a CUDA graph: a function that does them again, on the same memory."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread gathers the next batch meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread gathers the next batch
         function()
     return graph.replay
 
@@ -1288,7 +1255,7 @@ def aside(function):
 def graphed(step, aside=aside, capture=capture, warm_up=3):
     """`step`, captured once for each turn and replayed from then on: Python then launches one graph a step.
 
-    The first calls of a turn are no replays: libraries choose their kernels then, and optimisers make their moments.
+    The first calls of a turn run as they are: libraries choose their kernels, optimisers make their moments.
     """
     calls, inputs, replays = Counter(), {}, {}
 
@@ -1316,7 +1283,7 @@ def write_torch(path, value):
 
 
 def load_file(path):
-    """A dict of tensors, numbers and strings from a .pt file; ValueError where it is damaged or would run code."""
+    """A dict of tensors, numbers and strings from a .pt file; ValueError if damaged or if code would run."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load itself does not compare checksums
             torn = archive.testzip()
@@ -1326,8 +1293,7 @@ def load_file(path):
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds more than tensors, numbers and strings, which could run code; "
-                         f"it was not loaded") from None
+        raise ValueError(f"{path}: holds more than tensors and numbers, which could run code") from None
     except Exception as error:  # damage shows in many ways
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     if not isinstance(value, dict):
@@ -1336,17 +1302,17 @@ def load_file(path):
 
 
 def checkpoint(run, state):
-    """All that resuming needs. Random numbers are a function of (seed, step, rank): no state of theirs is kept."""
+    """All that resuming needs. Random numbers are a function of (seed, step, rank): they have no state."""
     return state.state_dict() | {"format": FORMAT, "options": vars(run.args), "model": run.model,
                                  "fingerprint": run.data.meta["fingerprint"]}
 
 
 def save(run, state):
-    """Write checkpoint.pt (the last one becomes checkpoint.prev.pt) and generator.pt. All processes call it."""
+    """Write checkpoint.pt (the last becomes checkpoint.prev.pt) and generator.pt. All processes call it."""
     sums = run.sum(state.meter.sums)
     if run.rank != 0:
         return
-    save_generator(run, state, "generator.pt")  # first: a run whose checkpoint says "finished" has its generator
+    save_generator(run, state, "generator.pt")  # first: a run that has finished has its generator
     write_torch(run.out / "checkpoint.next.pt", checkpoint(run, state) | {"meter": {"sums": sums}})
     if (run.out / "checkpoint.pt").exists():
         os.replace(run.out / "checkpoint.pt", run.out / "checkpoint.prev.pt")
@@ -1356,20 +1322,19 @@ def save(run, state):
 def save_generator(run, state, name):
     write_torch(run.out / name, {
         "format": FORMAT, "generator": state.ema.net.state_dict(), "model": run.model, "step": state.step,
-        "dial": run.data.sampling_dial(run, state.step), "seed": run.args.seed, "name": str(run.data.meta["name"]),
-        **run.data.about()})
+        "dial": run.data.sampling_dial(run, state.step), "seed": run.args.seed,
+        "name": str(run.data.meta["name"]), **run.data.about()})
 
 
 def find_checkpoint(run):
     """The checkpoint to go on from as (dict, path), or (None, None) for a fresh start."""
-    errors, resume = [], run.args.resume
-    if resume == "never":
-        return None, None
-    for path in [Path(resume)] if resume != "auto" else (run.out / "checkpoint.pt", run.out / "checkpoint.prev.pt"):
+    names = {"never": [], "auto": [run.out / "checkpoint.pt", run.out / "checkpoint.prev.pt"]}
+    named, errors = run.args.resume not in names, []
+    for path in names.get(run.args.resume, [run.args.resume]):
         try:
             saved = load_file(path)
         except (OSError, ValueError) as error:
-            if resume != "auto":
+            if named:
                 fail(f"--resume {error}")
             errors += [] if isinstance(error, FileNotFoundError) else [str(error)]
             continue
@@ -1386,7 +1351,7 @@ def find_checkpoint(run):
 def check_same(run, saved, path):
     """Refuse a checkpoint of other networks, options or data, and name what differs."""
     if saved.get("format") != FORMAT:
-        fail(f"{path}: of another version of train.py: go on with that one, or start over with --resume never")
+        fail(f"{path}: of another version of train.py: go on with that, or start over with --resume never")
     options, asked, model = saved["options"], vars(run.args), saved["model"]
     changed = [f"{flag(k)} {options.get(k)} there, {v} asked" for k, v in asked.items()
                if (k not in FREE or k == "epochs" and asked["grow"]) and options.get(k) != v]
@@ -1395,11 +1360,11 @@ def check_same(run, saved, path):
     if saved["fingerprint"] != run.data.meta["fingerprint"]:
         changed.append(f"the {run.data.unit} in {run.args.data} are not those it was trained on")
     if changed:
-        fail(f"{path} does not fit: {'; '.join(changed)}. Choose another --out, or --resume never to start over")
+        fail(f"{path} does not fit: {'; '.join(changed)}. Choose another --out, or start over: --resume never")
 
 
 class Signals:
-    """Notes SIGINT, SIGTERM and SIGUSR1; agreed() tells, alike on all processes, which one ends the run, or 0."""
+    """Notes SIGINT, SIGTERM, SIGUSR1; agreed() tells all processes alike which one ends the run, or 0."""
 
     def __init__(self, group):
         self.received, self.group, self.pending = 0, group, None
@@ -1409,7 +1374,7 @@ class Signals:
     def note(self, number, frame):
         self.received = self.received or number
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once; torchrun sends two itself
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once; torchrun sends two
 
     def agreed(self):
         if self.group is None:
@@ -1434,7 +1399,7 @@ class Mute:
 
 
 class Watch:
-    """RUN/ and the terminal: log, grids, status, FID, trackers, notes. It reads the state and changes its notes alone."""
+    """RUN/ and the terminal: log, grids, status, trackers, notes. Of the state it changes the notes alone."""
 
     def __init__(self, run):
         self.run, self.run_id = run, uuid.uuid4().hex
@@ -1446,7 +1411,7 @@ class Watch:
             self.lock = lock(run.out)  # for as long as this file is open
         except OSError as error:
             fail(f"--out {run.out}: {error.strerror}")
-        self.bar = self.tensorboard = self.wandb = self.line = None
+        self.bar = self.trackers = self.line = None
         self.first_step, self.began, self.logged = 0, time.perf_counter(), 0.0
         self.times = []  # when the interval's steps began and ended
         self.steps, self.ms, self.ms_min, self.ms_max = 0, 0.0, math.inf, 0.0  # of all since the start
@@ -1458,10 +1423,9 @@ class Watch:
         for leftover in [*out.glob("*.tmp"), *out.glob("grids/*.tmp"), *out.glob("checkpoint.next.pt")]:
             leftover.unlink()
         if path is None:  # a fresh start leaves nothing of an earlier run
-            names = ["log.jsonl", "fid.jsonl", "best.pt"] + [
-                "checkpoint.pt", "checkpoint.prev.pt", "generator.pt", "error.pt"] * (run.args.resume == "never")
-            for old in [out / name for name in names] + list(out.glob("grids/step_*")):
-                old.unlink(missing_ok=True)
+            pattern = "*.pt" if run.args.resume == "never" else "best.pt"
+            for old in [*out.glob(pattern), *out.glob("*.jsonl"), *out.glob("grids/step_*")]:
+                old.unlink()
         else:
             for name in ("log.jsonl", "fid.jsonl"):
                 trim_log(out / name, state.step)
@@ -1469,23 +1433,22 @@ class Watch:
                 self.run_id = read_json(out / "config.json")["run_id"]
         config = describe(run, state, self.run_id)
         write_json(out / "config.json", config)
-        try:
-            self.open_trackers(state, config)
-        except Exception as error:  # no key, no network: each in its own way
-            fail(f"--tracker {' '.join(run.args.tracker)}: {type(error).__name__}: {error}")
+        self.trackers = Trackers(run.args.tracker, out, self.run_id, state.step, config)
         run.data.write(out / "grids" / "real", run.data.rows[run.data.grid_rows()])
         self.status(state, "running")
         self.first_step, self.logged, batch = state.step, time.perf_counter(), run.args.batch_size
         shape = "×".join(str(n) for n in run.data.rows.shape[1:])
-        print(f"{out}: {run.args.arch} {shape}, G {len(state.G.weights) / 1e6:.2f} M and D "
-              f"{len(state.D.weights) / 1e6:.2f} M parameters; {len(run.data.rows)} {run.data.unit}; steps {state.step} "
-              f"to {run.total} of {batch}; {run.device} × {run.world}, {'fp32' if run.amp == 'off' else run.amp}"
+        millions = [f"{len(player.weights) / 1e6:.2f} M" for player in (state.G, state.D)]
+        print(f"{out}: {run.args.arch} {shape}, G {millions[0]} and D {millions[1]} parameters; "
+              f"{len(run.data.rows)} {run.data.unit}; steps {state.step} to {run.total} of {batch}; "
+              f"{run.device} × {run.world}, {'fp32' if run.amp == 'off' else run.amp}"
               + (f"; going on from {path}" if path else ""), flush=True)
-        self.bar = tqdm(total=run.total * batch, initial=state.step * batch, unit=f" {run.data.unit}", mininterval=1,
-                        disable=None, bar_format="{desc} {percentage:3.0f}% {rate_noinv_fmt}, {remaining} left{postfix}")
+        self.bar = tqdm(total=run.total * batch, initial=state.step * batch, unit=f" {run.data.unit}",
+                        bar_format="{desc} {percentage:3.0f}% {rate_noinv_fmt}, {remaining} left{postfix}",
+                        mininterval=1, disable=None)
 
     def stamp(self, images=0):
-        """Note when a step begins or has ended: an event in a GPU's queue, which nobody waits for, or the clock."""
+        """Note when a step begins or has ended, by the clock or an event in a GPU's queue: nobody waits."""
         if self.run.device.type == "cuda":
             self.times.append(torch.cuda.Event(enable_timing=True))
             self.times[-1].record()
@@ -1496,20 +1459,20 @@ class Watch:
     def log(self, state, means, skipped_g, skipped_d):
         """A line in log.jsonl, for the trackers and for people; see whether it shows what should be said."""
         run, batch = self.run, self.run.args.batch_size
-        ms = [1000 * (b - a) if isinstance(a, float) else a.elapsed_time(b) for a, b in zip(*[iter(self.times)] * 2)]
-        now, past = run.at(state.step - 1), time.perf_counter() - self.logged
+        ms = [1000 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
+              for begin, end in zip(self.times[::2], self.times[1::2])]
+        (lr_g, lr_d, *_), past = run.at(state.step - 1), time.perf_counter() - self.logged
         self.line = {
-            "step": state.step, "epoch": round(state.step / run.steps_per_epoch, 4), "images": state.step * batch,
-            **{name: 0.0 if value is None and name.startswith("clipped") else value for name, value in means.items()},
-            "lr_g": now.lr_g, "lr_d": now.lr_d, "temperature": run.data.temperature(run, state.step - 1),
-            "skipped_g": skipped_g, "skipped_d": skipped_d, "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms),
-            "ms_max": max(ms), "images_per_second": batch * len(ms) / past}
+            **self.place(state), "images": state.step * batch, **means, "lr_g": lr_g, "lr_d": lr_d,
+            "temperature": run.data.temperature(run, state.step - 1), "skipped_g": skipped_g,
+            "skipped_d": skipped_d, "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
+            "images_per_second": batch * len(ms) / past}
         self.steps, self.ms = self.steps + len(ms), self.ms + sum(ms)
         self.ms_min, self.ms_max = min(self.ms_min, *ms), max(self.ms_max, *ms)
         self.times, self.logged = [], time.perf_counter()
         append_line(run.out / "log.jsonl", self.line)
         self.diagnose(state)
-        self.track(state, self.line)
+        self.trackers.log(self.line, state.step)
         shown = [f"{means[k]:.3f}" if means[k] is not None else "none" for k in STATS[:4]]
         self.bar.set_description(f"epoch {self.line['epoch']:.1f}", refresh=False)
         self.bar.set_postfix_str("G {:.4} D {:.4} right {:.4}/{:.4}".format(*shown), refresh=False)
@@ -1518,6 +1481,9 @@ class Watch:
             print(f"step {state.step}/{run.total}  epoch {self.line['epoch']:.2f}  "
                   + "  ".join(f"{k} {v}" for k, v in zip(STATS, shown)) + f"  {rate:.0f} {run.data.unit}/s  "
                   f"{tqdm.format_interval((run.total - state.step) * batch / rate)} left", flush=True)
+
+    def place(self, state):
+        return {"step": state.step, "epoch": round(state.step / self.run.steps_per_epoch, 4)}
 
     def diagnose(self, state):
         """Say in words, once each, what the last epoch's lines show; status.json keeps it."""
@@ -1537,15 +1503,14 @@ class Watch:
         found = {
             "D loses": (accuracy < 0.6 and not paired,
                         tells + "too weak to teach G; raise --lr-d or --width-d, or lower --lr-g"),
-            "D wins": (accuracy > 0.95, tells + "G learns little from it; lower --lr-d or --width-d, or try " + (
-                "larger --r1 and --r2" if paired else "--real-label 0.9, --r1, --diffaug, --loss relativistic")),
+            "D wins": (accuracy > 0.95, tells + "G learns little from it; lower --lr-d or --width-d, or try "
+                       + ("larger --r1 and --r2" if paired else "--r1, --diffaug, --loss relativistic")),
             "no motion": (len(moved) > 2 and max(moved) - min(moved) < 1e-4 * abs(max(moved)),
-                          "the loss of G has not moved for an epoch: raise --lr-g, and look whether the images "
-                          "differ"),
-            "collapse": (diversity < 0.3, f"generated images vary {diversity:.2f} times as real ones do: G draws a "
-                         "few pictures only; see grids/, and try lower learning rates, --r1 or another --loss"),
-            "clipped": (max(mean("clipped_g"), mean("clipped_d")) > 0.95, "nearly every gradient of an epoch was "
-                        "clipped: raise --clip-grad or lower the learning rates")}
+                          "the loss of G has not moved for an epoch: raise --lr-g, and look at the images"),
+            "collapse": (diversity < 0.3, f"generated images vary {diversity:.2f} times as real ones do: G "
+                         "draws few pictures; try lower learning rates, --r1 or another --loss"),
+            "clipped": (max(mean("clipped_g"), mean("clipped_d")) > 0.95, "nearly every gradient of an epoch "
+                        "was clipped: raise --clip-grad or lower the learning rates")}
         for name, (seen, text) in found.items():
             if seen and name not in state.notes:
                 state.notes[name] = f"step {state.step}: {text}"
@@ -1554,76 +1519,37 @@ class Watch:
     def grid(self, state):
         """grids/step_*.png of the same latents and conditions all along, from the averaged generator."""
         run = self.run
-        condition = condition_of(run.data.conditions, np.resize(run.data.grid_rows(), GRID), np.zeros(GRID), run.device)
-        samples = draw(run, state, latents(run.args.seed, range(GRID), state.ema.net.noise_dim), condition)
+        samples = draw(run, state, np.resize(run.data.grid_rows(), GRID))
         for name in (f"step_{state.step:07d}", "latest"):
             picture = run.data.write(run.out / "grids" / name, samples)
         if picture:
-            self.track(state, {}, picture)
+            self.trackers.log({}, state.step, picture)
 
     def score(self, state, fid, seconds, better):
         """A line in fid.jsonl; best.pt where it is the lowest FID so far."""
         run, n = self.run, fid_num(self.run)
-        append_line(run.out / "fid.jsonl", {
-            "step": state.step, "epoch": round(state.step / run.steps_per_epoch, 4), "fid": fid, "n_generated": n,
-            "n_real": n, "seconds": round(seconds, 1)})
+        append_line(run.out / "fid.jsonl", self.place(state) | {
+            "fid": fid, "n_generated": n, "n_real": n, "seconds": round(seconds, 1)})
         tqdm.write(f"step {state.step}  FID {fid:.2f} ({n} generated, {n} real; {seconds:.1f} s)"
                    + ("  the best so far" if better else ""))
-        self.track(state, {"fid": fid})
+        self.trackers.log({"fid": fid}, state.step)
         self.logged += seconds  # images/s are those of training
         if better:
             save_generator(run, state, "best.pt")
 
-    def open_trackers(self, state, config):
-        """The writers of --tracker; a resumed run goes on in the same ones."""
-        run, names = self.run, self.run.args.tracker
-        if "tensorboard" in names:
-            from torch.utils.tensorboard import SummaryWriter
-            # what is trained again is replaced
-            self.tensorboard = SummaryWriter(run.out / "tensorboard", purge_step=state.step + 1)
-            text = json.dumps(config, indent=1).replace("\n", "\n    ")
-            self.tensorboard.add_text("config", f"    {text}", state.step)
-        if "wandb" in names:
-            import wandb
-            self.wandb = wandb.init(project="gan", name=run.out.resolve().name, id=self.run_id, resume="allow",
-                                    dir=run.out, config=config)
-            self.wandb.define_metric("*", step_metric="step")
-
-    def track(self, state, values, picture=None):
-        """Send numbers, and a Pillow image of samples, to the trackers."""
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-        if self.tensorboard:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, state.step)
-            if picture:
-                pixels = np.asarray(picture.convert("RGB"))
-                self.tensorboard.add_image("grid", pixels, state.step, dataformats="HWC")
-        if self.wandb:
-            import wandb  # its own step would refuse what a resumed run repeats
-            self.wandb.log(numbers | {"step": state.step} | ({"grid": wandb.Image(picture)} if picture else {}))
-
     def status(self, state, name, **more):
         write_status(self.run, state, name, **more)
-
-    def say(self, text):
-        tqdm.write(text)
 
     def end(self, state, name, **more):
         """The last word of a run that finished or was interrupted."""
         seconds = time.perf_counter() - self.began
         self.close()
         self.status(state, name, **more, seconds=round(seconds, 1))
-        try:
-            if self.tensorboard:
-                self.tensorboard.close()
-            if self.wandb:
-                self.wandb.finish()
-        except Exception as error:  # they only watch
-            print(f"note: --tracker: {type(error).__name__}: {error}", file=sys.stderr)
+        self.trackers.close()
         if name == "finished" and self.line:
             ms, line, out = self.ms / self.steps, self.line, self.run.out
-            print(f"finished {state.step} steps ({line['epoch']:.1f} epochs, {line['images']} {self.run.data.unit}); "
-                  f"{self.steps} of them in {seconds / 60:.1f} min\n"
+            print(f"finished {state.step} steps ({line['epoch']:.1f} epochs, {line['images']} "
+                  f"{self.run.data.unit}); {self.steps} of them in {seconds / 60:.1f} min\n"
                   f"step     {ms:.1f} ms mean, {self.ms_min:.1f} min, {self.ms_max:.1f} max\n"
                   f"skipped  {line['skipped_g']} updates of G, {line['skipped_d']} of D (not finite)\n"
                   f"files    {out}/generator.pt, {f'{out}/best.pt, ' if state.best else ''}{out}/log.jsonl, "
@@ -1633,21 +1559,25 @@ class Watch:
         if self.bar is not None:
             self.bar.close()
 
+    say = staticmethod(tqdm.write)
+
 
 def describe(run, state, run_id):
     """What config.json holds: options as resolved, versions, hardware, the data's fingerprint."""
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.processor() or "cpu"
-    with contextlib.suppress(OSError, StopIteration):  # Linux keeps the processor's name here alone
-        if run.device.type == "cpu":
-            device = next(x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name"))
-    meta = run.data.meta
-    return {"run_id": run_id, "options": vars(run.args), "changed": run.changed, "amp": run.amp, "model": run.model,
-            "processes": run.world, "parameters": {"G": len(state.G.weights), "D": len(state.D.weights)},
-            "data": {k: meta.get(k) for k in ("name", "count", "size", "channels", "fingerprint", "length")},
-            "steps": run.total, "steps_per_epoch": run.steps_per_epoch,
-            "hardware": {"device": run.device.type, "name": device, "cores": os.cpu_count(),
+    kind, name = run.device.type, platform.processor() or "cpu"
+    if kind == "cuda":
+        name = torch.cuda.get_device_name(run.device)
+    elif kind == "cpu" and os.path.exists("/proc/cpuinfo"):  # Linux keeps the processor's name here alone
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    data = {k: run.data.meta.get(k) for k in ("name", "count", "size", "channels", "fingerprint", "length")}
+    return {"run_id": run_id, "options": vars(run.args), "changed": run.changed, "amp": run.amp,
+            "model": run.model, "data": data, "steps": run.total, "steps_per_epoch": run.steps_per_epoch,
+            "parameters": {"G": len(state.G.weights), "D": len(state.D.weights)}, "processes": run.world,
+            "hardware": {"device": kind, "name": name, "cores": os.cpu_count(),
                          "threads": torch.get_num_threads(), "platform": platform.platform()},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__}}
 
 
 def write_status(run, state, name, **more):
@@ -1663,18 +1593,21 @@ def append_line(path, value):
 
 def trim_log(path, step):
     """Keep the lines up to a step: what came after it is about to be trained again."""
+    lines = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
     if path.exists():
-        write_text(path, "".join(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step))
+        write_text(path, "".join(lines))
 
 
-def draw(run, state, z, condition):
-    """Samples of the averaged generator for z (n, dim) and conditions (n, …) or None, as they are written."""
-    G, dial, parts = state.ema.net, run.data.sampling_dial(run, state.step), []
-    with torch.inference_mode():
-        for i in range(0, len(z), GRID):
-            part = None if condition is None else condition[i:i + GRID]
-            parts.append(run.data.samples(G(z[i:i + GRID].to(run.device), part, dial)))
-    return np.concatenate(parts)
+def draw(run, state, rows):
+    """Samples of the averaged generator as they are written, with the conditions of these rows of DATA."""
+    G, dial, samples = state.ema.net, run.data.sampling_dial(run, state.step), []
+    for i in range(0, len(rows), GRID):
+        part = rows[i:i + GRID]
+        z = latents(run.args.seed, range(i, i + len(part)), G.noise_dim).to(run.device)
+        condition = condition_of(run.data.conditions, part, np.zeros(len(part)), run.device)
+        with torch.inference_mode():
+            samples.append(run.data.samples(G(z, condition, dial)))
+    return np.concatenate(samples)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------
@@ -1682,8 +1615,10 @@ def draw(run, state, z, condition):
 def train(run, state, watch, signals):
     """Step until the end or a signal. Returns the signal's number, or 0."""
     args, number = run.args, 0
-    eager = run.device.type != "cuda" or args.graphs == "off" or not run.data.steady(run)
-    step, data = run.data.step if eager else graphed(run.data.step), batches(run, state.step)
+    step, data = run.data.step, batches(run, state.step)
+    steady = run.data.steady and args.optimizer != "rmsprop"  # whose learning rate cannot be a tensor
+    if run.device.type == "cuda" and steady and args.graphs == "auto":
+        step = graphed(step)
     if fid_due(run, state):  # a run that was killed while it was scored
         track_fid(run, state, watch)
     while not (number or over(run, state)):
@@ -1714,9 +1649,9 @@ def log_interval(run, state, watch):
     watch.log(state, means, int(skips[0][0]), int(skips[1][0]))
     row, name, rate = max((skips[0][2], "G", "--lr-g"), (skips[1][2], "D", "--lr-d"))
     if row >= run.args.max_skips:
-        raise Diverged(f"{int(row)} updates of {name} in a row were not finite at step {state.step}: try a smaller "
-                       f"{rate}, --clip-grad 1, or --amp {'off' if run.amp == 'bf16' else 'bf16 or off'}, in another "
-                       f"--out or with --resume never")
+        amp = "off" if run.amp == "bf16" else "bf16 or off"
+        raise Diverged(f"{int(row)} updates of {name} in a row were not finite at step {state.step}: try a "
+                       f"smaller {rate}, --clip-grad 1 or --amp {amp}, in another --out or --resume never")
 
 
 class Diverged(Exception):
@@ -1733,7 +1668,7 @@ def fid_num(run):
 
 
 def fid_due(run, state):
-    """Whether this step's generator is to be scored: at the end of an epoch, once, and drawing at its full size."""
+    """Whether G is to be scored: at the end of an epoch, once, and drawing at its full size."""
     if not run.args.fid_every or not state.step or state.best and state.best["last"] == state.step:
         return False
     full = run.data.sampling_dial(run, state.step) == len(run.model["sizes"]) - 1
@@ -1745,8 +1680,8 @@ def track_fid(run, state, watch):
     start, best = time.perf_counter(), state.best
     fid = run.on_first(score, run, state)
     better = best is None or fid < best["fid"]
-    state.best = {"fid": fid, "step": state.step, "since": 0} if better else best | {"since": best["since"] + 1}
-    state.best["last"] = state.step
+    best = {"fid": fid, "step": state.step, "since": 0} if better else best | {"since": best["since"] + 1}
+    state.best = best | {"last": state.step}
     watch.score(state, fid, time.perf_counter() - start, better)
     if over(run, state) and state.step < run.total:
         watch.say(f"--patience {run.args.patience}: the best FID is still that of step {state.best['step']}")
@@ -1755,11 +1690,8 @@ def track_fid(run, state, watch):
 def score(run, state):
     """FID of the averaged generator, as many images as of DATA, which lend their conditions."""
     import evaluate  # here alone: who does not track FID needs none of it
-    n, data = fid_num(run), run.data
-    rows = np.random.default_rng(run.args.seed).permutation(len(data.rows))[:n]
-    condition = condition_of(data.conditions, rows, np.zeros(n), run.device)
-    pixels = draw(run, state, latents(run.args.seed, range(n), state.ema.net.noise_dim), condition)
-    return evaluate.fid_against_data(pixels, run.args.data, n, run.device)
+    rows = np.random.default_rng(run.args.seed).permutation(len(run.data.rows))[:fid_num(run)]
+    return evaluate.fid_against_data(draw(run, state, rows), run.args.data, len(rows), run.device)
 
 
 # ---- main ------------------------------------------------------------------------------------------------
@@ -1771,24 +1703,28 @@ def find_precision(name, device):
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if device.type == "cpu" and (capable.get("avx512_bf16") or capable.get("amx_bf16")) else "off"
+    fast = capable.get("avx512_bf16") or capable.get("amx_bf16")
+    return "bf16" if device.type == "cpu" and fast else "off"
 
 
-def make_run(args, changed=(), rank=0, world=1, group=None):
-    """Run of these options, after the last of them that depend on DATA and on the machine are resolved."""
+def make_run(args, changed, rank=0, world=1):
+    """Run of these options, after those of them that depend on DATA and on the machine are resolved."""
     device = find_device(args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    data = ARCHITECTURES[args.arch][2](args)
-    if args.batch_size > len(data.rows):
-        fail(f"--batch-size {args.batch_size}: {args.data} has only {len(data.rows)} {data.unit}")
-    if args.batch_size % (world * args.grad_accum):
-        fail(f"--batch-size {args.batch_size}: not divisible by {world} processes × {args.grad_accum} (--grad-accum)")
+    data, batch, parts = ARCHITECTURES[args.arch][2](args), args.batch_size, args.grad_accum
+    if batch > len(data.rows):
+        fail(f"--batch-size {batch}: {args.data} has only {len(data.rows)} {data.unit}")
+    if batch % (world * parts):
+        fail(f"--batch-size {batch}: not divisible by {world} processes × {parts} (--grad-accum)")
     model, amp = data.model(), find_precision(args.amp, device)
     args.depth = model.get("depth")
     if amp == "fp16" and (args.r1 or args.r2 or args.gp):  # squared gradients leave its range
         if args.amp != "auto":
             fail("--amp fp16 does not go with --r1, --r2 or --gp: use bf16 or off")
         amp = "off"
-    return Run(args, dict(changed), data, model, device, amp, rank, world, group)
+    steps = len(data.rows) // batch
+    total = min(args.epochs * steps, args.max_steps or math.inf)
+    return Run(args, changed, data, model, device, amp, steps, args.epochs * steps, total, Path(args.out),
+               rank, world)
 
 
 def make_state(run):
@@ -1801,7 +1737,7 @@ def make_state(run):
 
 @contextlib.contextmanager
 def post_mortem(run, state):
-    """An error leaves its story in status.json and error.pt; those of the machine end in one line of advice."""
+    """An error leaves its story in status.json and error.pt; those of the machine end in a line of advice."""
     args = run.args
     try:
         yield
@@ -1815,9 +1751,10 @@ def post_mortem(run, state):
             fail(f"{error.strerror}: {error.filename or run.out}; the last checkpoint is whole", 1)
         report(run, state, error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            fail(f"out of memory at step {state.step}: try --grad-accum {2 * args.grad_accum} (the same batch in "
-                 f"smaller parts), --batch-size {max(args.batch_size // 2, 1)}, a smaller --width"
-                 + (", --amp bf16" if run.amp == "off" else "") + ", in another --out or with --resume never", 1)
+            more = ", --amp bf16" if run.amp == "off" else ""
+            fail(f"out of memory at step {state.step}: try --grad-accum {2 * args.grad_accum} (the same batch "
+                 f"in parts), --batch-size {max(args.batch_size // 2, 1)}, a smaller --width{more}, in another "
+                 f"--out or with --resume never", 1)
         raise
 
 
@@ -1857,25 +1794,26 @@ def main():
             state.D.net.compile()
     number = 0
     if over(run, state):
-        watch.say(f"{run.out} is already trained: {state.step} steps of {run.total}" + (
-            f"; ended by --patience, the best is that of step {state.best['step']}" if state.step < run.total else ""))
+        ended = f"; ended by --patience, the best is that of step {state.best['step']}" if state.best else ""
+        watch.say(f"{run.out} is already trained: {state.step} steps of {run.total}"
+                  + (ended if state.step < run.total else ""))
     else:
         signals = Signals(run.group)
         with post_mortem(run, state), contextlib.closing(watch):
             watch.begin(state, path)
             number = train(run, state, watch, signals)
-        name = signal.Signals(number).name if number else ""
-        if number and not over(run, state):
-            watch.end(state, "interrupted", signal=name)
-        else:
+        if over(run, state):
             number = 0
             watch.end(state, "finished")
+        else:
+            watch.end(state, "interrupted", signal=signal.Signals(number).name)
     if world > 1:
         dist.barrier(run.group)  # the one that writes is not left behind
         dist.destroy_process_group()
     if number:
-        fail(f"{name}: saved at step {state.step} of {run.total}; the same command goes on"
-             + ("" if args.resume == "auto" else " with --resume auto"), TRY_AGAIN)
+        how = "" if args.resume == "auto" else " with --resume auto"
+        fail(f"{signal.Signals(number).name}: saved at step {state.step} of {run.total}; the same command "
+             f"goes on{how}", TRY_AGAIN)
 
 
 if __name__ == "__main__":
