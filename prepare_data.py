@@ -317,7 +317,8 @@ class Data:
         if name not in ("images", "embeddings"):
             known = len(meta["classes" if name == "labels" else "vocabulary"] or ())
             if not 0 <= array.min() <= array.max() < known:
-                self.damaged(f"{name}.npy names more than the {known} that meta.json lists")
+                what = "classes" if name == "labels" else "words of the vocabulary"
+                self.damaged(f"{name}.npy goes beyond the {known} {what} in meta.json")
         return array
 
     def captions(self):

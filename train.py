@@ -59,7 +59,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # ---- options ---------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    """(options as resolved, those that differ from their defaults as a dict)."""
+    """The options, those that hang on others resolved."""
     images = f"--arch {' or '.join(architectures_of(Images))}"
     count, share, decay, weight = within(1, kind=int), within(0, 1), within(0, 0.999999), within(0)
     parser = Parser(__doc__)
@@ -70,8 +70,8 @@ def parse_args(argv=None):
         "are told: nothing, the class, or a caption")
 
     add = parser.group("networks")
-    add("--arch", choices=list(ARCHITECTURES), default="dcgan", help="; ".join(
-        f"{name}: {G.__doc__.splitlines()[0]}" for name, (G, _, _) in ARCHITECTURES.items()))
+    add("--arch", choices=list(ARCHITECTURES), default="dcgan",
+        help="; ".join( f"{name}: {G.__doc__.splitlines()[0]}" for name, (G, _, _) in ARCHITECTURES.items()))
     add("--width", type=count, default=64, help="channels at the highest resolution, doubled at each halving")
     add("--width-d", type=count, help="the same of D alone (default: as --width)")
     add = parser.group("networks of images", needs=[images])
@@ -147,7 +147,6 @@ def parse_args(argv=None):
     add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there "
         "is one; never: start over and replace what RUN holds; or a checkpoint's path")
     args = parser.parse_args(argv)
-    changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
     for name, default in {"r1": 0.0, "r2": 0.0, "gp": 0.0, **LOSSES[args.loss][2]}.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -156,7 +155,7 @@ def parse_args(argv=None):
     for name in args.tracker:
         if importlib.util.find_spec(name) is None:
             fail(f"--tracker {name} needs a package: pip install {name}")
-    return args, changed
+    return args
 
 
 # ---- data ------------------------------------------------------------------------------------------------
@@ -180,12 +179,13 @@ class Images:
         add("--diffaug", action="store_true", help="DiffAugment real and generated images alike: for some "
             "thousand images")
 
-    def __init__(self, args):
-        data, kind = Data(args.data), args.condition
-        self.args, self.meta = args, data.meta
+    @staticmethod
+    def fits(meta):
+        return meta["size"] is not None
+
+    def __init__(self, args, data):
+        self.args, self.meta, kind = args, data.meta, args.condition
         self.steady = not args.grow  # every step does the same, and can be recorded
-        if data.meta["size"] is None:
-            fail(f"--arch {args.arch}: {args.data} holds no images")
         if kind != "none" and not data.meta["classes" if kind == "label" else "vocabulary"]:
             fail(f"--condition {kind}: {args.data} has no {'classes' if kind == 'label' else 'captions'}")
         if kind == "text" and data.meta.get("text_encoder"):
@@ -206,7 +206,7 @@ class Images:
         names = "arch width width_d extra_convs latent_dim norm_d spectral_norm attention".split()
         return {name: getattr(args, name) for name in names} | {
             "depth": depth, "sizes": find_sizes(args.grow, size, depth), "channels": meta["channels"],
-            "condition": self.condition, "known": known, "cond_augment": args.cond_augment > 0}
+            "condition": self.condition, "known": known, "cond_augment": args.cond_augment}
 
     def lr_g(self, run, step):
         return run.args.lr_g
@@ -684,17 +684,17 @@ class Texts:
         add("--temperature-decay", type=within(0, 1), default=0.95, needs="--temperature-schedule epochs",
             help="factor an epoch")
 
-    def __init__(self, args):
-        data = Data(args.data)
-        self.args, self.meta = args, data.meta
-        if not data.meta.get("length"):
-            fail(f"--arch {args.arch}: {args.data} holds no texts")
-        self.rows = data.array("tokens")
+    @staticmethod
+    def fits(meta):
+        return bool(meta.get("length"))
+
+    def __init__(self, args, data):
+        self.args, self.meta, self.rows = args, data.meta, data.array("tokens")
         self.pretrain_steps = args.pretrain_epochs * (len(self.rows) // args.batch_size)
 
     def model(self):
         return {"arch": self.args.arch, "width": self.args.width, "width_d": self.args.width_d,
-                "length": self.meta["length"], "vocabulary": len(self.meta["vocabulary"])}
+                "sizes": [self.meta["length"]], "channels": len(self.meta["vocabulary"])}
 
     def lr_g(self, run, step):
         return run.args.pretrain_lr if step < self.pretrain_steps else run.args.lr_g
@@ -713,7 +713,7 @@ class Texts:
         return 1.0
 
     def real(self, run, tokens, dial):
-        return F.one_hot(tokens.long(), run.model["vocabulary"]).float()
+        return F.one_hot(tokens.long(), run.model["channels"]).float()
 
     def step(self, run, state, turn, tokens, condition):
         if state.step >= self.pretrain_steps:
@@ -737,16 +737,16 @@ class Texts:
     def write(self, path, tokens):
         """PATH.txt of token ids (n, L), a line each."""
         write_text(f"{path}.txt", "".join(line + "\n" for line in to_texts(
-            tokens, self.meta["vocabulary"], self.meta["level"])))
+            tokens, self.meta)))
 
     def about(self):
         return {"vocabulary": self.meta["vocabulary"], "text_level": self.meta["level"]}
 
 
-def to_texts(tokens, vocabulary, level):
-    """Token ids (n, L) as strings, up to the first 0; level: word or char."""
+def to_texts(tokens, meta):
+    """Token ids (n, L) as strings, up to the first 0; meta: vocabulary, and level, which is word or char."""
     rows = [row[:row.index(0)] if 0 in row else row for row in tokens.tolist()]
-    return [(" " if level == "word" else "").join(vocabulary[i] for i in row) for row in rows]
+    return [(" " if meta["level"] == "word" else "").join(meta["vocabulary"][i] for i in row) for row in rows]
 
 
 class SequenceGenerator(nn.Module):
@@ -759,9 +759,9 @@ class SequenceGenerator(nn.Module):
 
     def __init__(self, m):
         super().__init__()
-        self.noise_dim = m.length
-        self.embed, self.lstm = nn.Linear(m.vocabulary, m.width, bias=False), nn.LSTMCell(m.width, m.width)
-        self.start, self.logits = nn.Parameter(torch.zeros(m.width)), nn.Linear(m.width, m.vocabulary)
+        self.noise_dim = m.sizes[-1]
+        self.embed, self.lstm = nn.Linear(m.channels, m.width, bias=False), nn.LSTMCell(m.width, m.width)
+        self.start, self.logits = nn.Parameter(torch.zeros(m.width)), nn.Linear(m.width, m.channels)
         nn.init.normal_(self.embed.weight, 0, m.width ** -0.5)
 
     def forward(self, z, condition=None, dial=1.0):
@@ -796,8 +796,8 @@ class SequenceDiscriminator(nn.Module):
 
     def __init__(self, m):
         super().__init__()
-        reach = range(2, min(m.length, 5) + 1)
-        self.embed = nn.Linear(m.vocabulary, EMBEDDING, bias=False)
+        reach = range(2, min(m.sizes[-1], 5) + 1)
+        self.embed = nn.Linear(m.channels, EMBEDDING, bias=False)
         self.convs = nn.ModuleList(nn.Conv1d(EMBEDDING, m.width_d, k) for k in reach)
         self.head = nn.Linear(m.width_d * len(reach), 1)
         nn.init.normal_(self.embed.weight, 0, EMBEDDING ** -0.5)
@@ -1109,7 +1109,6 @@ class Turn(NamedTuple):
 class Run:
     """What was asked for and where it runs: nothing of it changes while it trains."""
     args: Namespace  # the options as resolved
-    changed: dict  # those that differ from their defaults
     data: object  # Images or Texts
     model: dict  # what build_networks() takes
     device: torch.device
@@ -1353,10 +1352,11 @@ def check_same(run, saved, path):
     if saved.get("format") != FORMAT:
         fail(f"{path}: of another version of train.py: go on with that, or start over with --resume never")
     options, asked, model = saved["options"], vars(run.args), saved["model"]
-    changed = [f"{flag(k)} {options.get(k)} there, {v} asked" for k, v in asked.items()
-               if (k not in FREE or k == "epochs" and asked["grow"]) and options.get(k) != v]
-    changed += [f"{k} {model.get(k)} there, {v} asked" for k, v in run.model.items()
-                if k not in asked and model.get(k) != v]
+    changed = [f"{flag(k) if k in asked else k} {model.get(k)} there, {v} asked" for k, v in run.model.items()
+               if model.get(k) != v]
+    free = {*FREE, *run.model} - ({"epochs"} if asked["grow"] else set())  # whose sizes hang on their number
+    changed += [f"{flag(k)} {options.get(k)} there, {v} asked" for k, v in asked.items()
+                if k not in free and options.get(k) != v]
     if saved["fingerprint"] != run.data.meta["fingerprint"]:
         changed.append(f"the {run.data.unit} in {run.args.data} are not those it was trained on")
     if changed:
@@ -1462,8 +1462,9 @@ class Watch:
         ms = [1000 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
               for begin, end in zip(self.times[::2], self.times[1::2])]
         (lr_g, lr_d, *_), past = run.at(state.step - 1), time.perf_counter() - self.logged
+        unclipped = {} if run.args.clip_grad else {"clipped_g": 0.0, "clipped_d": 0.0}
         self.line = {
-            **self.place(state), "images": state.step * batch, **means, "lr_g": lr_g, "lr_d": lr_d,
+            **self.place(state), "images": state.step * batch, **means, **unclipped, "lr_g": lr_g, "lr_d": lr_d,
             "temperature": run.data.temperature(run, state.step - 1), "skipped_g": skipped_g,
             "skipped_d": skipped_d, "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
             "images_per_second": batch * len(ms) / past}
@@ -1570,8 +1571,10 @@ def describe(run, state, run_id):
     elif kind == "cpu" and os.path.exists("/proc/cpuinfo"):  # Linux keeps the processor's name here alone
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    usual = vars(parse_args(["--data", run.args.data, "--out", run.args.out]))
+    changed = {k: v for k, v in vars(run.args).items() if v != usual[k] or k in ("data", "out")}
     data = {k: run.data.meta.get(k) for k in ("name", "count", "size", "channels", "fingerprint", "length")}
-    return {"run_id": run_id, "options": vars(run.args), "changed": run.changed, "amp": run.amp,
+    return {"run_id": run_id, "options": vars(run.args), "changed": changed, "amp": run.amp,
             "model": run.model, "data": data, "steps": run.total, "steps_per_epoch": run.steps_per_epoch,
             "parameters": {"G": len(state.G.weights), "D": len(state.D.weights)}, "processes": run.world,
             "hardware": {"device": kind, "name": name, "cores": os.cpu_count(),
@@ -1707,24 +1710,27 @@ def find_precision(name, device):
     return "bf16" if device.type == "cpu" and fast else "off"
 
 
-def make_run(args, changed, rank=0, world=1):
-    """Run of these options, after those of them that depend on DATA and on the machine are resolved."""
+def make_run(args, rank=0, world=1):
+    """Run of these options, on this DATA and this machine, or one line that says why not."""
     device = find_device(args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    data, batch, parts = ARCHITECTURES[args.arch][2](args), args.batch_size, args.grad_accum
+    data, kind, batch, parts = Data(args.data), ARCHITECTURES[args.arch][2], args.batch_size, args.grad_accum
+    for other in () if kind.fits(data.meta) else [entry[2] for entry in ARCHITECTURES.values()]:
+        if other.fits(data.meta):
+            fail(f"--arch {args.arch}: {args.data} holds {other.unit}, for --arch "
+                 f"{' or '.join(architectures_of(other))}")
+    data = kind(args, data)
     if batch > len(data.rows):
         fail(f"--batch-size {batch}: {args.data} has only {len(data.rows)} {data.unit}")
     if batch % (world * parts):
         fail(f"--batch-size {batch}: not divisible by {world} processes × {parts} (--grad-accum)")
     model, amp = data.model(), find_precision(args.amp, device)
-    args.depth = model.get("depth")
     if amp == "fp16" and (args.r1 or args.r2 or args.gp):  # squared gradients leave its range
         if args.amp != "auto":
             fail("--amp fp16 does not go with --r1, --r2 or --gp: use bf16 or off")
         amp = "off"
     steps = len(data.rows) // batch
     total = min(args.epochs * steps, args.max_steps or math.inf)
-    return Run(args, changed, data, model, device, amp, steps, args.epochs * steps, total, Path(args.out),
-               rank, world)
+    return Run(args, data, model, device, amp, steps, args.epochs * steps, total, Path(args.out), rank, world)
 
 
 def make_state(run):
@@ -1768,9 +1774,9 @@ def report(run, state, error):
 
 
 def main():
-    args, changed = parse_args()
+    args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run = make_run(args, changed, rank, world)
+    run = make_run(args, rank, world)
     if run.device.type == "cuda":
         torch.cuda.set_device(run.device)
         torch.backends.cudnn.benchmark = True

@@ -114,7 +114,7 @@ def test_torture(shapes, tmp_path):
 def test_second_interrupt_ends_at_once(shapes, tmp_path):
     process = start(shapes, tmp_path, *OPTIONS, "--epochs", "1000", launch=(
         sys.executable, "-c", "import sys, time, train; sys.argv = sys.argv[1:]; step = train.train_step\n"
-        "def slow(t, *batch):\n    step(t, *batch)\n    time.sleep(20 if t.step == 40 else 0)\n"
+        "def slow(run, state, *batch):\n    step(run, state, *batch)\n    time.sleep(20 if state.step == 40 else 0)\n"
         "train.train_step = slow; train.main()"))
     wait_for_step(tmp_path, 40, process)
     time.sleep(0.5)
@@ -191,9 +191,9 @@ INJECT = """
 import sys, torch, train
 sys.argv = ["train.py", *sys.argv[1:]]
 step, (d_loss, g_loss, _) = train.train_step, train.LOSSES["bce"]
-def patched(t, *batch):
-    if t.step >= {start}: {what}
-    step(t, *batch)
+def patched(run, state, *batch):
+    if state.step >= {start}: {what}
+    step(run, state, *batch)
 train.train_step = patched
 train.main()
 """
@@ -267,8 +267,8 @@ def test_processes_leave_together_and_their_number_may_change(shapes, tmp_path):
 def test_bad_numbers_of_one_process_are_skipped_by_all(shapes, tmp_path):
     patched = tmp_path / "patched.py"
     patched.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + INJECT.format(
-        start=0, what="train.LOSSES['bce'] = (lambda r, f, a: d_loss(r, f, a) + (float('inf') if t.rank == 1 and "
-        "t.step in (5, 6) else 0), g_loss, {})"))
+        start=0, what="train.LOSSES['bce'] = (lambda r, f, a: d_loss(r, f, a) + (float('inf') if run.rank == 1 and "
+        "state.step in (5, 6) else 0), g_loss, {})"))
     call(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", patched, "--data", shapes,
          "--out", tmp_path / "run", "--max-steps", "12", *TINY, OMP_NUM_THREADS="1")
     assert [line["skipped_d"] for line in log_of(tmp_path / "run")] == [0, 2, 2]

@@ -6,7 +6,9 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ LOG_KEYS = {"step", "epoch", "images", "loss_g", "loss_d", "acc_real", "acc_fake
             "images_per_second", "diversity", "clipped_g", "clipped_d"}
 
 
-IMAGE_ARCHITECTURES = [name for name in train.ARCHITECTURES if name != "seq"]  # see test_text.py
+IMAGE_ARCHITECTURES = train.architectures_of(train.Images)  # see test_text.py for the others
 D_LOSS, G_LOSS = ({name: entry[i] for name, entry in train.LOSSES.items()} for i in (0, 1))
 
 
@@ -108,7 +110,7 @@ class Plane(torch.nn.Module):
         super().__init__()
         self.w = w
 
-    def forward(self, x, c):
+    def forward(self, x, c, dial=None):
         return (self.w * x).sum((1, 2, 3)) + self.match(None, c), x.mean((2, 3))
 
     def match(self, features, c):
@@ -118,10 +120,11 @@ class Plane(torch.nn.Module):
 def losses(*options, condition=None):
     """(loss of D, loss of G) on a plane, with ones as real and minus ones as fakes."""
     args = train.parse_args(["--data", "-", "--out", "-", *options])
-    t = SimpleNamespace(args=args, d=SimpleNamespace(net=Plane(torch.full((3, 4, 4), 0.1))), autocast=contextlib.nullcontext,
-                        device=torch.device("cpu"), g=SimpleNamespace(net=SimpleNamespace(kl=torch.tensor(7.0))))
+    run = SimpleNamespace(args=args, autocast=contextlib.nullcontext)
+    D, G = Plane(torch.full((3, 4, 4), 0.1)), SimpleNamespace(divergence=lambda c: torch.tensor(7.0))
     x, fake = torch.ones(2, 3, 4, 4), -torch.ones(2, 3, 4, 4)
-    return train.loss_of_d(t, x, condition, fake)[0].item(), train.loss_of_g(t, x, condition, fake)[0].item()
+    return (train.loss_of_d(run, D, x, condition, fake)[0].item(),
+            train.loss_of_g(run, G, D, x, condition, fake)[0].item())
 
 
 def test_penalties_and_terms_against_plain_algebra():
@@ -188,16 +191,15 @@ def test_growing_fades_from_size_to_size(arch):
     z, seen = torch.randn(2, 100), {}
     G.eval(), D.eval()
     for level in (0, 1e-6, 0.5, 1):
-        G.level = D.level = level
-        seen[level] = G(z)
-        assert seen[level].shape[2] == (64 if level else 16) and D(seen[level])[0].shape == (2,)
+        seen[level] = G(z, None, level)
+        assert seen[level].shape[2] == (64 if level else 16) and D(seen[level], None, level)[0].shape == (2,)
+    assert torch.equal(G(z), seen[1]), "without a dial the last size"
     assert torch.allclose(seen[1e-6], F.interpolate(seen[0], size=64), atol=1e-4), "the new size starts as the old one"
     assert not torch.allclose(seen[0.5], seen[1], atol=1e-3)
     image = torch.randn(2, 1, 64, 64)
-    D.level = 1e-6
-    faded, D.level = D(image)[0], 0
-    assert torch.allclose(faded, D(F.avg_pool2d(image, 4))[0], atol=1e-4)
-    assert [train.level_at([16, 64], step, 8) for step in range(9)] == [0, 0, 0, 0, 0, 0.5, 1, 1, 1]
+    assert torch.allclose(D(image, None, 1e-6)[0], D(F.avg_pool2d(image, 4), None, 0)[0], atol=1e-4)
+    run = SimpleNamespace(model={"sizes": [16, 64]}, schedule_steps=8)
+    assert [train.Images.dial(None, run, step) for step in range(9)] == [0, 0, 0, 0, 0, 0.5, 1, 1, 1]
 
 
 def test_augmentation(tmp_path):
@@ -217,7 +219,7 @@ def test_augmentation(tmp_path):
 
 def test_auto_precision_with_penalties_avoids_fp16(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "find_precision", lambda name, device: "fp16")
-    assert trainer(tmp_path).amp == "fp16" and trainer(tmp_path, "--r1", "1").amp == "off"
+    assert trainer(tmp_path).run.amp == "fp16" and trainer(tmp_path, "--r1", "1").run.amp == "off"
 
 
 def test_schedules():
@@ -263,34 +265,55 @@ def test_called_again_it_does_nothing_and_more_epochs_go_on(trained, shapes, tmp
     assert log_of(run)[-1]["step"] == 64 and json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
-def steps_of(t, n, batch=16):
-    """n steps of train_step on random images, in this process."""
-    rng = torch.Generator().manual_seed(1)
-    for _ in range(n):
-        images = torch.randint(0, 256, (batch, 3, 16, 16), dtype=torch.uint8, generator=rng)
-        train.train_step(t, images, train.condition_of(t, t.conditions, np.arange(batch), np.zeros(batch)))
-        t.step += 1
-    return t
+class Trainer(NamedTuple):
+    run: train.Run
+    state: train.State
 
 
 def trainer(tmp_path, *options):
-    args = train.parse_args(["--data", "-", "--out", str(tmp_path), "--width", "8", "--batch-size", "16", *options])
-    images = np.zeros((64, 16, 16, 3), np.uint8)
-    meta = {"size": 16, "channels": 3, "classes": None, "vocabulary": [*"-?abcd"], "count": 64, "name": "zeros",
-            "fingerprint": ""}
-    captions = np.random.default_rng(0).integers(1, 6, (64, 2, 4)) if args.condition == "text" else None
-    return train.set_up(args, images, captions, meta, torch.device("cpu"), 0, 1)
+    """A run in this process on 64 black images of 16×16 with captions of ids 1 to 5."""
+    data = tmp_path / "data"
+    if not data.exists():
+        data.mkdir()
+        np.save(data / "images.npy", np.zeros((64, 16, 16, 3), np.uint8))
+        np.save(data / "tokens.npy", np.random.default_rng(0).integers(1, 6, (64, 2, 4)))
+        (data / "meta.json").write_text(json.dumps({
+            "size": 16, "channels": 3, "classes": None, "vocabulary": [*"-?abcd"], "count": 64, "name": "zeros",
+            "fingerprint": ""}))
+    run = train.make_run(train.parse_args(["--data", str(data), "--out", str(tmp_path / "out"), "--width", "8",
+                                           "--batch-size", "16", "--device", "cpu", *options]))
+    return Trainer(run, train.make_state(run))
+
+
+def steps_of(t, n, step=train.train_step):
+    """n steps on random images, in this process."""
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(n):
+        images = torch.randint(0, 256, (16, 16, 16, 3), dtype=torch.uint8, generator=rng)
+        condition = train.condition_of(t.run.data.conditions, np.arange(16), np.zeros(16), t.run.device)
+        step(t.run, t.state, train.prepare_step(t.run, t.state), images, condition)
+        t.state.step += 1
+    return t
+
+
+def floats(net):
+    return [x for x in net.state_dict().values() if x.is_floating_point()]
+
+
+def skips(t):
+    """Updates of G and of D that were skipped: in all, in a row, longest row."""
+    return torch.stack([t.state.G.skips, t.state.D.skips], 1).tolist()
 
 
 def test_the_step_is_the_algorithm(tmp_path):
     """Two steps in fp32 equal the textbook's loop on the same networks, noise and images."""
     t = trainer(tmp_path, "--amp", "off", "--real-label", "0.9")
     mine = trainer(tmp_path, "--amp", "off")
-    G, D = mine.g.net, mine.d.net
+    G, D = mine.state.G.net, mine.state.D.net
     g_opt, d_opt = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (G, D))
     rng = torch.Generator().manual_seed(1)
     for step in range(2):
-        images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=rng)
+        images = torch.randint(0, 256, (16, 16, 16, 3), dtype=torch.uint8, generator=rng).permute(0, 3, 1, 2)
         torch.manual_seed(train.seed_of(0, step, 0))
         z = torch.randn(16, 100)
         fake = G(z)
@@ -304,19 +327,19 @@ def test_the_step_is_the_algorithm(tmp_path):
         F.binary_cross_entropy(D(fake)[0].sigmoid(), torch.ones(16)).backward()
         g_opt.step()
     steps_of(t, 2)
-    for net, other in ((t.g.net, G), (t.d.net, D)):
+    for net, other in ((t.state.G.net, G), (t.state.D.net, D)):
         for (name, a), b in zip(net.state_dict().items(), other.state_dict().values()):
             assert torch.allclose(a, b, atol=2e-5), name
 
 
 def test_average_generator(tmp_path):
     t = trainer(tmp_path, "--amp", "off", "--ema", "0.6")
-    expected = t.g.net.stages[0][1].weight.detach().clone()
+    expected = t.state.G.net.stages[0][1].weight.detach().clone()
     for step in range(3):
         steps_of(t, 1)
         decay = min(0.6, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * t.g.net.stages[0][1].weight.detach()
-    assert torch.allclose(t.ema.stages[0][1].weight, expected, atol=1e-6)
+        expected = decay * expected + (1 - decay) * t.state.G.net.stages[0][1].weight.detach()
+    assert torch.allclose(t.state.ema.net.stages[0][1].weight, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("option", [("--real-label", "0.9"), ("--fake-label", "0.1"), ("--lr-g", "1e-3"),
@@ -337,15 +360,15 @@ def test_each_option_does_something(option, tmp_path):
                               "--mismatch-weight": ("--condition", "text"), "--attention": ("--condition", "text"),
                               "--cond-augment": ("--condition", "text")}.get(option[0], ()))
     plain, other = (steps_of(trainer(tmp_path, *base, *o), 3) for o in ((), option))
-    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(plain.ema_tensors, other.ema_tensors))
-    assert other.skips[0].sum() == 0 and all(torch.isfinite(x).all() for x in other.ema_tensors)
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(floats(plain.state.ema.net), floats(other.state.ema.net)))
+    assert sum(skips(other)[0]) == 0 and all(torch.isfinite(x).all() for x in floats(other.state.ema.net))
 
 
 def test_clipping_bounds_the_gradient(tmp_path, monkeypatch):
     t = trainer(tmp_path, "--amp", "off", "--clip-grad", "0.01")
     seen = []
-    monkeypatch.setattr(t.g.optimizer, "step", lambda: seen.append(
-        torch.nn.utils.get_total_norm([p.grad for p in t.g.params]).item()))
+    monkeypatch.setattr(t.state.G.optimizer, "step", lambda: seen.append(
+        torch.nn.utils.get_total_norm([p.grad for p in t.state.G.params]).item()))
     steps_of(t, 1)
     assert seen[0] == pytest.approx(0.01, rel=1e-3)
 
@@ -353,12 +376,12 @@ def test_clipping_bounds_the_gradient(tmp_path, monkeypatch):
 def test_accumulation_without_batch_statistics_equals_one_batch(tmp_path):
     whole, parts = (trainer(tmp_path, "--amp", "off", "--grad-accum", n) for n in ("1", "4"))
     for t in (whole, parts):
-        for net in (t.g.net, t.d.net):
+        for net in (t.state.G.net, t.state.D.net):
             for m in net.modules():
                 if isinstance(m, torch.nn.BatchNorm2d):
                     m.eval()
         steps_of(t, 2)
-    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(whole.g_tensors, parts.g_tensors))
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(floats(whole.state.G.net), floats(parts.state.G.net)))
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -368,58 +391,59 @@ def test_half_precision_with_everything(arch, amp, tmp_path):
     t = steps_of(trainer(tmp_path, "--amp", amp, "--arch", arch, "--condition", "text", "--attention", "--cond-augment",
                          "1", "--mismatch-weight", "0.5", "--grow", "8,16", "--diffaug", "--jitter", "0.1", "--loss",
                          "wgan-gp", "--feature-matching", "0.1", *penalties), 3)
-    assert t.skips[0].max() <= (0 if amp == "bf16" else 3), "fp16's scale comes down in the first steps"
-    assert all(torch.isfinite(x).all() for x in t.ema_tensors)
+    assert max(skips(t)[0]) <= (0 if amp == "bf16" else 3), "fp16's scale comes down in the first steps"
+    assert all(torch.isfinite(x).all() for x in floats(t.state.ema.net))
 
 
 def test_rmsprop_skips_leave_its_moments(tmp_path, monkeypatch):
     t = steps_of(trainer(tmp_path, "--optimizer", "rmsprop"), 2)
-    before = [(p.clone(), t.d.optimizer.state[p]["square_avg"].clone()) for p in t.d.params]
+    before = [(p.clone(), t.state.D.optimizer.state[p]["square_avg"].clone()) for p in t.state.D.params]
     monkeypatch.setitem(train.LOSSES, "bce", (lambda r, f, a: D_LOSS["bce"](r, f, a) * math.nan, G_LOSS["bce"], {}))
     steps_of(t, 1)
-    assert t.skips[0].tolist() == [0, 1]
-    assert all(torch.equal(p, w) and torch.equal(t.d.optimizer.state[p]["square_avg"], m)
-               for p, (w, m) in zip(t.d.params, before))
+    assert skips(t)[0] == [0, 1]
+    assert all(torch.equal(p, w) and torch.equal(t.state.D.optimizer.state[p]["square_avg"], m)
+               for p, (w, m) in zip(t.state.D.params, before))
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("where", ["loss of D", "gradient of G"])
 def test_bad_numbers_skip_that_network_alone(amp, where, tmp_path, monkeypatch):
     t = steps_of(trainer(tmp_path, "--amp", amp), 2)
-    before = [x.clone() for net in (t.g.net, t.d.net) for x in net.parameters()]
-    moments = [{k: v.clone() for k, v in t.d.optimizer.state[p].items()} for p in t.d.params]
+    before = [x.clone() for net in (t.state.G.net, t.state.D.net) for x in net.parameters()]
+    moments = [{k: v.clone() for k, v in t.state.D.optimizer.state[p].items()} for p in t.state.D.params]
     if where == "loss of D":
         monkeypatch.setitem(train.LOSSES, "bce", (lambda r, f, a: D_LOSS["bce"](r, f, a) + math.inf, G_LOSS["bce"], {}))
-        bad = t.d
+        bad = t.state.D
     else:
-        hook = t.g.params[0].register_hook(lambda grad: grad * math.nan)
-        bad = t.g
+        hook = t.state.G.params[0].register_hook(lambda grad: grad * math.nan)
+        bad = t.state.G
     steps_of(t, 1)
-    now = {"g": t.g, "d": t.d}
-    half = len(t.g.params)
+    now = {"g": t.state.G, "d": t.state.D}
+    half = len(t.state.G.params)
     same = {name: all(torch.equal(a, b) for a, b in zip(part, now[name].params))
             for name, part in (("g", before[:half]), ("d", before[half:]))}
-    assert same == {"g": bad is t.g, "d": bad is t.d}
-    if bad is t.d:
-        assert all(torch.equal(v, t.d.optimizer.state[p][k]) for p, m in zip(t.d.params, moments) for k, v in m.items())
-    assert t.skips[0].tolist() == [float(bad is t.g), float(bad is t.d)]
-    assert torch.isfinite(t.sums).all() and t.counts.min() == 2
+    assert same == {"g": bad is t.state.G, "d": bad is t.state.D}
+    if bad is t.state.D:
+        assert all(torch.equal(v, t.state.D.optimizer.state[p][k]) for p, m in zip(t.state.D.params, moments) for k, v in m.items())
+    assert skips(t)[0] == [float(bad is t.state.G), float(bad is t.state.D)]
+    sums, counts = t.state.meter.sums[:, :8]  # without the clipped ones
+    assert torch.isfinite(sums).all() and counts.min() == 2
     if where == "gradient of G":
         hook.remove()
         steps_of(t, 1)
-        assert t.skips[1].tolist() == [0, 0] and t.skips[2].tolist() == [1, 0]
+        assert skips(t)[1:] == [[0, 0], [1, 0]]
 
 
 @pytest.mark.parametrize("d_steps", ["1", "2"])
 def test_a_bad_forward_pass_leaves_no_trace_in_the_average(d_steps, tmp_path):
     t = steps_of(trainer(tmp_path, "--amp", "off", "--d-steps", d_steps), 2)
-    before = [x.clone() for x in t.g_tensors]
-    hook = t.g.net.stages[0][1].register_forward_hook(lambda module, inputs, output: output * math.nan)
+    before = [x.clone() for x in floats(t.state.G.net)]
+    hook = t.state.G.net.stages[0][1].register_forward_hook(lambda module, inputs, output: output * math.nan)
     steps_of(t, 1)
     hook.remove()
-    assert t.skips[0].tolist() == [d_steps == "1", 1]
-    assert all(torch.equal(a, b) for a, b in zip(before, t.g_tensors))
-    assert all(torch.isfinite(x).all() for x in steps_of(t, 1).ema_tensors)
+    assert skips(t)[0] == [d_steps == "1", 1]
+    assert all(torch.equal(a, b) for a, b in zip(before, floats(t.state.G.net)))
+    assert all(torch.isfinite(x).all() for x in floats(steps_of(t, 1).state.ema.net))
 
 
 def test_steps_wait_for_nothing(tmp_path, monkeypatch):
@@ -488,12 +512,14 @@ def test_fid_while_training(weights, shapes, tmp_path):
 
 def diagnosed(tmp_path, *options, epochs=2, **values):
     t = trainer(tmp_path, *options)
-    t.begun = -200
-    for step in range(1, 4 * epochs + 1):  # 4 steps an epoch
-        t.step, t.last = step, {"step": step, "loss_g": step / 10, "acc_real": 0.8, "acc_fake": 0.8, "diversity": 1.0,
-                                "clipped_g": 0.0, "clipped_d": 0.0} | values
-        train.diagnose(t)
-    return t.warned
+    watch = train.Watch(t.run)
+    watch.first_step = -200
+    for t.state.step in range(1, 4 * epochs + 1):  # 4 steps an epoch
+        watch.line = {"step": t.state.step, "loss_g": t.state.step / 10, "acc_real": 0.8, "acc_fake": 0.8,
+                      "diversity": 1.0, "clipped_g": 0.0, "clipped_d": 0.0} | values
+        watch.diagnose(t.state)
+    watch.lock.close()
+    return t.state.notes
 
 
 def test_diagnosis_in_words_once_each(tmp_path, capsys):
@@ -508,15 +534,13 @@ def test_diagnosis_in_words_once_each(tmp_path, capsys):
 
 
 def test_order_does_not_depend_on_processes(tmp_path):
-    t = trainer(tmp_path)
-    t.images = np.arange(64, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
-    alone = [batch[:, 0, 0, 0].tolist() for batch, _ in train.batches(t, 0, 8)]
+    run = trainer(tmp_path, "--epochs", "2").run
+    run.data.rows = np.arange(64, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
+    alone = [batch[:, 0, 0, 0].tolist() for batch, _ in train.batches(run, 0)]
     assert sorted(sum(alone[:4], [])) == list(range(64)) != sum(alone[:4], [])
     assert alone[:4] != alone[4:]
-    t.world = 2
-    shares = []
-    for t.rank in (0, 1):
-        shares.append([batch[:, 0, 0, 0].tolist() for batch, _ in train.batches(t, 3, 8)])
+    shares = [[batch[:, 0, 0, 0].tolist() for batch, _ in train.batches(replace(run, world=2, rank=rank), 3)]
+              for rank in (0, 1)]
     assert [a + b for a, b in zip(*shares)] == alone[3:]
 
 
