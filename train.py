@@ -5,7 +5,7 @@
     python train.py --data data/shapes --out runs/shapes --epochs 50    # called again: goes on from there
 
 RUN/ then holds config.json, checkpoint.pt, generator.pt (all that sample.py needs), log.jsonl, status.json,
-grids/. SIGINT, SIGTERM and SIGUSR1 finish the step, save and exit with 75; called again it goes on, bit for bit.
+grids/. SIGINT, SIGTERM and SIGUSR1 finish the step, save and exit with 75; the same command then goes on.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, lock, read_json,
-                          read_lines, whole_file, within, write_json, write_text)
+from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, lock, read_lines,
+                          whole_file, within, write_json, write_text)
 
 EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
@@ -130,8 +130,8 @@ def parse_args(argv=None):
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision; auto: bf16 "
         "where the hardware has it, fp16 on older GPUs, else off")
     add("--compile", action="store_true", help="torch.compile both networks")
-    add("--graphs", choices=["auto", "off"], default="auto", help="auto: on a GPU the step is recorded once "
-        "as a CUDA graph and replayed, except with --grow, rmsprop and texts")
+    add("--graphs", choices=["auto", "off"], default="auto", help="auto: a GPU replays the step as a CUDA "
+        "graph where that can be")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
     add = parser.group("run")
@@ -184,7 +184,7 @@ class Images:
         return meta["size"] is not None
 
     def __init__(self, args, data):
-        self.args, self.meta, kind = args, data.meta, args.condition
+        self.meta, kind = data.meta, args.condition
         self.steady = not args.grow  # every step does the same, and can be recorded
         if kind != "none" and not data.meta["classes" if kind == "label" else "vocabulary"]:
             fail(f"--condition {kind}: {args.data} has no {'classes' if kind == 'label' else 'captions'}")
@@ -194,13 +194,13 @@ class Images:
         name = {"none": None, "label": "labels", "text": "tokens", "vector": "embeddings"}[kind]
         self.conditions = data.array(name) if name else None
 
-    def model(self):
+    def model(self, args):
         """What build_networks() takes, from the options and from DATA."""
-        args, meta, size = self.args, self.meta, self.meta["size"]
+        meta, size = self.meta, self.meta["size"]
         depth = args.depth or default_depth(size)
         if size % 2 ** depth or not 2 <= size >> depth <= 15:
-            fail(f"--data {args.data}: {size} pixels halved {depth} times (--depth) do not end at 2 to 15, as "
-                 f"28, 32, 64 or 128 do")
+            fail(f"--data {args.data}: {size} pixels halved {depth} times (--depth) do not end at 2 to 15; "
+                 f"those of 28, 32, 64 or 128 do")
         known = self.conditions.shape[2] if self.condition == "vector" else len(
             {"none": (), "label": meta["classes"], "text": meta["vocabulary"]}[self.condition])
         names = "arch width width_d extra_convs latent_dim norm_d spectral_norm attention".split()
@@ -689,11 +689,11 @@ class Texts:
         return bool(meta.get("length"))
 
     def __init__(self, args, data):
-        self.args, self.meta, self.rows = args, data.meta, data.array("tokens")
+        self.meta, self.rows = data.meta, data.array("tokens")
         self.pretrain_steps = args.pretrain_epochs * (len(self.rows) // args.batch_size)
 
-    def model(self):
-        return {"arch": self.args.arch, "width": self.args.width, "width_d": self.args.width_d,
+    def model(self, args):
+        return {"arch": args.arch, "width": args.width, "width_d": args.width_d,
                 "sizes": [self.meta["length"]], "channels": len(self.meta["vocabulary"])}
 
     def lr_g(self, run, step):
@@ -722,7 +722,7 @@ class Texts:
             with run.autocast():
                 loss, counts = state.G.net.likelihood(part)
             loss = (loss * counts).sum() / counts.sum()
-            state.G.backward(loss / run.args.grad_accum)
+            state.G.backward(loss, run.args.grad_accum)
             state.meter.note(loss_g=loss)
         state.meter.note(**state.G.update(run))
         state.ema.update(state.G)
@@ -965,14 +965,15 @@ class Player(Saved):
 
     def __init__(self, run, name, net):
         self.name, self.net, self.params = name, net, list(net.parameters())
-        self.weights = flatten(self.params, run.device)
-        self.statistics = flatten([x for x in net.buffers() if x.is_floating_point()], run.device)
+        self.weights, self.statistics = flatten(net)
         self.skip = torch.zeros((), device=run.device)  # 1 where the last update was left out
         self.skips = torch.zeros(3, device=run.device)  # in all, in a row, the longest row of an interval
         exact = torch.float64 if run.device.type == "cpu" else torch.float32
-        self.lr = torch.zeros((), dtype=exact, device=run.device)
-        self.optimizer = OPTIMIZERS[run.args.optimizer](self.params, self.lr, run.args)
+        self.optimizer = OPTIMIZERS[run.args.optimizer](
+            self.params, torch.zeros((), dtype=exact, device=run.device), (run.args.beta1, run.args.beta2),
+            fused=True, capturable=run.device.type == "cuda")
         self.optimizer.found_inf = self.skip  # 1: it leaves weights, moments and its count alone
+        self.lr = self.optimizer.param_groups[0]["lr"]
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
         self.losses = []  # of the step under way
 
@@ -981,9 +982,10 @@ class Player(Saved):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr  # the optimiser took the checkpoint's in its place
 
-    def backward(self, loss):
+    def backward(self, loss, parts):
+        """Add the gradient of a loss, of one of so many parts of the batch."""
         self.losses.append(loss.detach())
-        self.scaler.scale(loss).backward(inputs=self.params)
+        self.scaler.scale(loss / parts if parts > 1 else loss).backward(inputs=self.params)
 
     def update(self, run):
         """Step, unless the gradient or loss of any process is not finite; returns what the log says of it.
@@ -991,13 +993,13 @@ class Player(Saved):
         That is decided on the device, and nobody waits for it.
         """
         params = [p for p in self.params if p.grad is not None]  # a size that is not drawn yet has none
-        grads, loss = [p.grad for p in params], sum(self.losses)
-        run.average_([*grads, loss])
+        grads = [p.grad for p in params]
+        loss = run.average_(grads, sum(self.losses[1:], self.losses[0]))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(grads)
         if run.args.clip_grad:
             nn.utils.clip_grads_with_norm_(params, run.args.clip_grad, norm)
-        self.skip.copy_((norm + loss) * 0 != 0)  # infinity and NaN times 0 are NaN
+        torch.ne((norm + loss) * 0, 0, out=self.skip)  # infinity and NaN times 0 are NaN
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -1016,8 +1018,7 @@ class Average(Saved):
 
     def __init__(self, G):
         self.net = copy.deepcopy(G.net).eval().requires_grad_(False)
-        self.weights = flatten(list(self.net.parameters()), G.skip.device)
-        self.statistics = flatten([x for x in self.net.buffers() if x.is_floating_point()], G.skip.device)
+        self.weights, self.statistics = flatten(self.net)
         self.share = torch.zeros_like(G.skip)  # of G in it, at the step under way
 
     def update(self, G):
@@ -1067,16 +1068,25 @@ class State(Saved):
     saved = property(lambda self: [f.name for f in fields(self)])
 
 
-def flatten(tensors, device):
-    """Move tensors into one, of which they become views with their layouts as they were; returns that one."""
-    flat = torch.empty(sum(x.numel() for x in tensors), device=device)
-    for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
-        x.data = part.as_strided(x.shape, x.stride(), part.storage_offset()).copy_(x.data)
-    return flat
+def flatten(net):
+    """Move a network's weights into one tensor, its batch statistics into another, which are returned.
+
+    The network's own become views of these, their layouts as they were: what is done to all takes one launch.
+    """
+    flats = []
+    for tensors in ([*net.parameters()], [x for x in net.buffers() if x.is_floating_point()]):
+        sizes = [x.numel() for x in tensors]
+        flats.append(next(net.parameters()).new_empty(sum(sizes)).detach())
+        for x, part in zip(tensors, flats[-1].split(sizes)):
+            x.data = part.as_strided(x.shape, x.stride(), part.storage_offset()).copy_(x.data)
+    return flats
 
 
 class RMSprop(torch.optim.RMSprop):
     """Honours found_inf as the fused optimisers do: then neither weights nor moments move."""
+
+    def __init__(self, params, lr, betas, **of_adam):
+        super().__init__(params, lr.cpu(), betas[1])  # it reads its learning rate: on the host nobody waits
 
     def step(self):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -1089,27 +1099,21 @@ class RMSprop(torch.optim.RMSprop):
             torch.where(self.found_inf > 0, old, x, out=x)
 
 
-OPTIMIZERS = {  # name: from (parameters, learning rate as a tensor, options)
-    "adam": lambda params, lr, args: torch.optim.Adam(
-        params, lr, (args.beta1, args.beta2), fused=True, capturable=lr.is_cuda),
-    "adamw": lambda params, lr, args: torch.optim.AdamW(
-        params, lr, (args.beta1, args.beta2), fused=True, capturable=lr.is_cuda),
-    "rmsprop": lambda params, lr, args: RMSprop(params, lr.cpu(), args.beta2),
-}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": RMSprop}
 
 
 class Turn(NamedTuple):
     """What decides which operations a step is made of."""
     train_d: bool
     train_g: bool
-    dial: float  # see Images and Texts
+    dial: float  # what the kind of data makes of it: of images, the size drawn
 
 
 @dataclass(frozen=True)
 class Run:
     """What was asked for and where it runs: nothing of it changes while it trains."""
     args: Namespace  # the options as resolved
-    data: object  # Images or Texts
+    data: object  # a kind of data, such as Images
     model: dict  # what build_networks() takes
     device: torch.device
     amp: str  # off, bf16 or fp16
@@ -1133,13 +1137,14 @@ class Run:
         dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.amp != "off")
 
-    def average_(self, tensors):
-        """Put the mean over the processes into tensors, in one message."""
+    def average_(self, grads, loss):
+        """Put the mean over the processes into gradients, and return that of a loss, in one message."""
         if self.world > 1:
-            flat = torch.cat([x.flatten() for x in tensors]) / self.world
+            flat = torch.cat([x.flatten() for x in grads] + [loss.reshape(1)]) / self.world
             dist.all_reduce(flat)
-            parts = flat.split([x.numel() for x in tensors])
-            torch._foreach_copy_(tensors, [part.view_as(x) for x, part in zip(tensors, parts)])
+            *parts, loss = flat.split([x.numel() for x in grads] + [1])
+            torch._foreach_copy_(grads, [part.view_as(x) for x, part in zip(grads, parts)])
+        return loss.squeeze()
 
     def sum(self, tensor):
         """The sum of a tensor over the processes, on each of them."""
@@ -1186,7 +1191,7 @@ def train_step(run, state, turn, batch, condition):
             fake = G(z, c, turn.dial)
         if turn.train_d:
             loss, report = loss_of_d(run, D, x, c, fake, turn.dial)
-            state.D.backward(loss / len(parts))
+            state.D.backward(loss, len(parts))
             meter.note(**report, diversity=spread(fake) / spread(x))
     if turn.train_d:
         meter.note(**state.D.update(run))
@@ -1197,7 +1202,7 @@ def train_step(run, state, turn, batch, condition):
             with run.autocast():
                 fake = G(z, c, turn.dial)
         loss, report = loss_of_g(run, G, D, x, c, fake, turn.dial)
-        state.G.backward(loss / len(parts))
+        state.G.backward(loss, len(parts))
         meter.note(**report)
     D.requires_grad_(True)
     if turn.train_g:
@@ -1360,7 +1365,7 @@ def check_same(run, saved, path):
     if saved["fingerprint"] != run.data.meta["fingerprint"]:
         changed.append(f"the {run.data.unit} in {run.args.data} are not those it was trained on")
     if changed:
-        fail(f"{path} does not fit: {'; '.join(changed)}. Choose another --out, or start over: --resume never")
+        fail(f"{path} does not fit: {'; '.join(changed)}. Take another --out, or start over: --resume never")
 
 
 class Signals:
@@ -1423,14 +1428,16 @@ class Watch:
         for leftover in [*out.glob("*.tmp"), *out.glob("grids/*.tmp"), *out.glob("checkpoint.next.pt")]:
             leftover.unlink()
         if path is None:  # a fresh start leaves nothing of an earlier run
-            pattern = "*.pt" if run.args.resume == "never" else "best.pt"
-            for old in [*out.glob(pattern), *out.glob("*.jsonl"), *out.glob("grids/step_*")]:
-                old.unlink()
+            names = ["log.jsonl", "fid.jsonl", "best.pt"]
+            if run.args.resume == "never":
+                names += ["checkpoint.pt", "checkpoint.prev.pt", "generator.pt", "error.pt"]
+            for old in [*(out / name for name in names), *out.glob("grids/step_*")]:
+                old.unlink(missing_ok=True)
         else:
             for name in ("log.jsonl", "fid.jsonl"):
                 trim_log(out / name, state.step)
-            with contextlib.suppress(SystemExit, KeyError):
-                self.run_id = read_json(out / "config.json")["run_id"]
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self.run_id = json.loads((out / "config.json").read_text())["run_id"]
         config = describe(run, state, self.run_id)
         write_json(out / "config.json", config)
         self.trackers = Trackers(run.args.tracker, out, self.run_id, state.step, config)
@@ -1464,8 +1471,8 @@ class Watch:
         (lr_g, lr_d, *_), past = run.at(state.step - 1), time.perf_counter() - self.logged
         unclipped = {} if run.args.clip_grad else {"clipped_g": 0.0, "clipped_d": 0.0}
         self.line = {
-            **self.place(state), "images": state.step * batch, **means, **unclipped, "lr_g": lr_g, "lr_d": lr_d,
-            "temperature": run.data.temperature(run, state.step - 1), "skipped_g": skipped_g,
+            **self.place(state), "images": state.step * batch, **means, **unclipped, "lr_g": lr_g,
+            "lr_d": lr_d, "temperature": run.data.temperature(run, state.step - 1), "skipped_g": skipped_g,
             "skipped_d": skipped_d, "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
             "images_per_second": batch * len(ms) / past}
         self.steps, self.ms = self.steps + len(ms), self.ms + sum(ms)
@@ -1548,13 +1555,12 @@ class Watch:
         self.status(state, name, **more, seconds=round(seconds, 1))
         self.trackers.close()
         if name == "finished" and self.line:
-            ms, line, out = self.ms / self.steps, self.line, self.run.out
-            print(f"finished {state.step} steps ({line['epoch']:.1f} epochs, {line['images']} "
-                  f"{self.run.data.unit}); {self.steps} of them in {seconds / 60:.1f} min\n"
-                  f"step     {ms:.1f} ms mean, {self.ms_min:.1f} min, {self.ms_max:.1f} max\n"
+            line, out = self.line, self.run.out
+            print(f"finished {state.step} steps ({line['epoch']:.1f} epochs), {self.steps} of them in "
+                  f"{seconds / 60:.1f} min\n"
+                  f"step     {self.ms / self.steps:.1f} ms mean, {self.ms_min:.1f} to {self.ms_max:.1f}\n"
                   f"skipped  {line['skipped_g']} updates of G, {line['skipped_d']} of D (not finite)\n"
-                  f"files    {out}/generator.pt, {f'{out}/best.pt, ' if state.best else ''}{out}/log.jsonl, "
-                  f"{out}/grids/", flush=True)
+                  f"files    {out}/generator.pt, {out}/log.jsonl, {out}/grids/", flush=True)
 
     def close(self):
         if self.bar is not None:
@@ -1573,7 +1579,7 @@ def describe(run, state, run_id):
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     usual = vars(parse_args(["--data", run.args.data, "--out", run.args.out]))
     changed = {k: v for k, v in vars(run.args).items() if v != usual[k] or k in ("data", "out")}
-    data = {k: run.data.meta.get(k) for k in ("name", "count", "size", "channels", "fingerprint", "length")}
+    data = {k: v for k, v in run.data.meta.items() if not isinstance(v, (list, dict))}
     return {"run_id": run_id, "options": vars(run.args), "changed": changed, "amp": run.amp,
             "model": run.model, "data": data, "steps": run.total, "steps_per_epoch": run.steps_per_epoch,
             "parameters": {"G": len(state.G.weights), "D": len(state.D.weights)}, "processes": run.world,
@@ -1723,7 +1729,7 @@ def make_run(args, rank=0, world=1):
         fail(f"--batch-size {batch}: {args.data} has only {len(data.rows)} {data.unit}")
     if batch % (world * parts):
         fail(f"--batch-size {batch}: not divisible by {world} processes × {parts} (--grad-accum)")
-    model, amp = data.model(), find_precision(args.amp, device)
+    model, amp = data.model(args), find_precision(args.amp, device)
     if amp == "fp16" and (args.r1 or args.r2 or args.gp):  # squared gradients leave its range
         if args.amp != "auto":
             fail("--amp fp16 does not go with --r1, --r2 or --gp: use bf16 or off")
@@ -1758,9 +1764,9 @@ def post_mortem(run, state):
         report(run, state, error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             more = ", --amp bf16" if run.amp == "off" else ""
-            fail(f"out of memory at step {state.step}: try --grad-accum {2 * args.grad_accum} (the same batch "
-                 f"in parts), --batch-size {max(args.batch_size // 2, 1)}, a smaller --width{more}, in another "
-                 f"--out or with --resume never", 1)
+            fail(f"out of memory at step {state.step}: try --grad-accum {2 * args.grad_accum} (the same "
+                 f"batch in parts), --batch-size {max(args.batch_size // 2, 1)}, a smaller --width{more}, in "
+                 f"another --out or with --resume never", 1)
         raise
 
 

@@ -4,9 +4,10 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, call, log_of, refused
+from conftest import ROOT, TINY, call, log_of, refused
 from PIL import Image
 
 import train
@@ -270,15 +271,15 @@ class Trainer(NamedTuple):
     state: train.State
 
 
-def trainer(tmp_path, *options):
-    """A run in this process on 64 black images of 16×16 with captions of ids 1 to 5."""
-    data = tmp_path / "data"
+def trainer(tmp_path, *options, size=16):
+    """A run in this process on 64 black images with captions of ids 1 to 5."""
+    data = tmp_path / f"data{size}"
     if not data.exists():
         data.mkdir()
-        np.save(data / "images.npy", np.zeros((64, 16, 16, 3), np.uint8))
+        np.save(data / "images.npy", np.zeros((64, size, size, 3), np.uint8))
         np.save(data / "tokens.npy", np.random.default_rng(0).integers(1, 6, (64, 2, 4)))
         (data / "meta.json").write_text(json.dumps({
-            "size": 16, "channels": 3, "classes": None, "vocabulary": [*"-?abcd"], "count": 64, "name": "zeros",
+            "size": size, "channels": 3, "classes": None, "vocabulary": [*"-?abcd"], "count": 64, "name": "zeros",
             "fingerprint": ""}))
     run = train.make_run(train.parse_args(["--data", str(data), "--out", str(tmp_path / "out"), "--width", "8",
                                            "--batch-size", "16", "--device", "cpu", *options]))
@@ -289,7 +290,7 @@ def steps_of(t, n, step=train.train_step):
     """n steps on random images, in this process."""
     rng = torch.Generator().manual_seed(1)
     for _ in range(n):
-        images = torch.randint(0, 256, (16, 16, 16, 3), dtype=torch.uint8, generator=rng)
+        images = torch.randint(0, 256, (16, *t.run.data.rows.shape[1:]), dtype=torch.uint8, generator=rng)
         condition = train.condition_of(t.run.data.conditions, np.arange(16), np.zeros(16), t.run.device)
         step(t.run, t.state, train.prepare_step(t.run, t.state), images, condition)
         t.state.step += 1
@@ -580,3 +581,77 @@ def test_refusals(shapes, trained, tmp_path, capsys):
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(meta | {"count": 65}))
     refused("train.py", "--data", other, "--out", out, naming=["meta.json", "65"])
+
+
+@pytest.mark.parametrize("options, naming", [
+    (("--restarts", "4"), "--restarts needs --schedule cosine-restarts"), (("--lr-final", "0"), "--lr-final needs"),
+    (("--beta1", "0.5", "--optimizer", "rmsprop"), "--beta1 needs --optimizer adam"), (("--fid-num", "9"), "--fid-num needs"),
+    (("--patience", "3"), "--patience needs --fid-every"), (("--attention",), "--attention needs --condition text"),
+    (("--cond-augment", "1"), "--cond-augment needs --condition"), (("--real-label", "0.9", "--loss", "hinge"), "--real-label needs"),
+    (("--norm-d", "none", "--arch", "resnet"), "--norm-d does not go with --arch resnet"),
+    (("--pretrain-lr", "0.1", "--arch", "seq"), "--pretrain-lr needs --pretrain-epochs"),
+    (("--temperature-end", "1"), "--temperature-end needs --arch seq"), (("--flip", "--arch", "seq"), "--flip needs --arch dcgan"),
+    (("--temperature-decay", "0.9", "--arch", "seq", "--temperature-schedule", "exponential"), "--temperature-decay needs"),
+    (("--grow", "8,16", "--compile"), "--grow does not go with --compile"),
+    (("--batch", "3"), "did you mean --batch-size?"), (("--lr", "1"), "did you mean --lr-g or --lr-d or --lr-final?"),
+    (("--lr-g", "nan"), "--lr-g"), (("--r1", "inf"), "--r1"), (("--ema", "1"), "between 0 and 0.999999")])
+def test_options_without_effect_and_out_of_range_are_refused_by_name(options, naming, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_args(["--data", "d", "--out", "r", *options])
+    said = capsys.readouterr().err
+    assert naming in said and len(said.splitlines()) == 1
+
+
+def test_a_checkpoint_holds_every_field_of_the_state(tmp_path):
+    """Whatever State has is written and read back; all of a player but its parts that are made anew."""
+    t = steps_of(trainer(tmp_path, "--amp", "fp16", "--optimizer", "adamw"), 2)
+    t.state.best, t.state.notes = {"fid": 7.5, "step": 1, "since": 0, "last": 2}, {"collapse": "step 2: …"}
+    other, tree = trainer(tmp_path, "--amp", "fp16", "--optimizer", "adamw", "--seed", "1"), t.state.state_dict()
+    fresh = other.state
+    assert list(tree) == [f.name for f in fields(train.State)]
+    torch.save(tree, tmp_path / "tree.pt")
+    fresh.load_state_dict(torch.load(tmp_path / "tree.pt", weights_only=True))
+    train.prepare_step(other.run, fresh)  # learning rates are of the step
+    assert json.dumps(fresh.state_dict(), default=str) == json.dumps(tree, default=str)
+    for one, other in ((fresh.G, t.state.G), (fresh.D, t.state.D), (fresh.ema, t.state.ema)):
+        assert torch.equal(one.weights, other.weights) and torch.equal(one.statistics, other.statistics)
+    assert fresh.G.optimizer.param_groups[0]["lr"] is fresh.G.lr, "the step's own learning rate, not the checkpoint's"
+
+    @dataclass
+    class More(train.State):
+        extra: int = 3
+    assert More(*(getattr(t.state, f.name) for f in fields(train.State))).state_dict()["extra"] == 3
+
+
+def test_checkpoints_of_another_version_are_refused(trained, shapes, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    for name in ("checkpoint.pt", "generator.pt"):
+        saved = train.load_file(run / name)
+        del saved["format"]
+        train.write_torch(run / name, saved)
+    refused("train.py", "--data", shapes, "--out", run, "--condition", "label", "--epochs", "9", *TINY,
+            naming=["checkpoint.pt", "another version", "--resume never"])
+    refused("sample.py", "--run", run, naming=["generator.pt", "another version"])
+
+
+def test_the_loss_that_the_readme_adds(tmp_path, monkeypatch):
+    """The example of "Changing the code" as it is printed there."""
+    entry = re.search(r"`--loss margin` is there:\s+```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    for name, loss in eval(f"{{{entry}}}", vars(train)).items():
+        monkeypatch.setitem(train.LOSSES, name, loss)
+    t = steps_of(trainer(tmp_path, "--loss", "margin", "--amp", "off"), 2)
+    assert t.run.args.r1 == 0.1 and skips(t)[0] == [0, 0]
+    assert train.LOSSES["margin"][0](torch.tensor([1.0]), torch.tensor([-3.0]), None).item() == 1
+
+
+def test_images_need_nothing_of_texts(shapes, tmp_path):
+    """Without the section of texts and its line in the registry the rest trains images."""
+    source = (ROOT / "train.py").read_text()
+    section = source[source.index("# ---- texts"):source.index("# ---- what can be trained")]
+    entry = re.search(r'    "seq": .*\n', source)[0]
+    (tmp_path / "train.py").write_text(source.replace(section, "").replace(entry, ""))
+    shutil.copy(ROOT / "prepare_data.py", tmp_path)
+    call(sys.executable, tmp_path / "train.py", "--data", shapes, "--out", tmp_path / "run", "--condition", "text",
+         "--max-steps", "2", *TINY)
+    rest = (tmp_path / "train.py").read_text()
+    assert not re.search(r"\b(seq|Texts|likelihood|pretrain\w*|length)\b", rest.replace("of texts", ""))

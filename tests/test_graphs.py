@@ -1,0 +1,88 @@
+"""The step as a recording: what one call does, done again on the same memory, is what Python would have done."""
+
+import pytest
+import torch
+from test_train import floats, steps_of, trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+
+
+class Recorder(TorchDispatchMode):
+    """The operations of a call, as a CUDA graph holds its launches: functions and the memory they work on."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        with torch.no_grad():
+            for function, args, kwargs, result in self.calls:
+                places = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+                for x, new in zip(tensors(result), tensors(function(*args, **kwargs)), strict=True):
+                    if x.untyped_storage().data_ptr() not in places:  # else a view, or written in place
+                        x.copy_(new)
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def record(function):
+    """In the place of train.capture, which records without running: here the call itself is the first replay."""
+    recorder, ran = Recorder(), [True]
+    with recorder:
+        function()
+    assert not any("_local_scalar_dense" in str(call[0]) for call in recorder.calls), "a value was read back"
+    return lambda: ran.pop() if ran else recorder.replay()
+
+
+@pytest.mark.parametrize("options", [
+    ("--schedule", "cosine", "--warmup", "3"),
+    ("--amp", "fp16", "--clip-grad", "1"),
+    ("--arch", "resnet", "--loss", "relativistic", "--diffaug", "--flip", "--crop-shift", "0.1", "--jitter", "0.1"),
+    ("--arch", "upsample", "--spectral-norm", "--loss", "hinge"),
+    ("--loss", "wgan-gp", "--d-steps", "2"),
+    ("--grad-accum", "2", "--amp", "bf16"),
+    ("--feature-matching", "0.1", "--loss", "lsgan"),
+    ("--condition", "text", "--mismatch-weight", "0.5", "--attention", "--cond-augment", "0.1", "--amp", "bf16")],
+    ids=lambda options: " ".join(options))
+def test_replayed_it_is_the_same_run(options, tmp_path):
+    options = options if "--amp" in options else (*options, "--amp", "off")
+    eager, replayed = trainer(tmp_path, *options), trainer(tmp_path, *options)
+    count, captured = 16 if "--d-steps" in options else 10, []
+    steps_of(eager, count)
+    steps_of(replayed, count, train.graphed(
+        train.train_step, aside=lambda call: call(), capture=lambda call: captured.append(call) or record(call), warm_up=2))
+    assert len(captured) == (2 if "--d-steps" in options else 1), "once for each pair of who learns"
+    for one, other in zip(tensors(eager.state.state_dict()), tensors(replayed.state.state_dict()), strict=True):
+        assert torch.equal(one, other)
+    assert eager.state.meter.sums[1].max() >= count / 2 and floats(eager.state.G.net)[0].std() > 0
+
+
+class Counter(TorchDispatchMode):
+    """Names of the operations of a call that cost a launch on a GPU: no views, no allocations, no profiler's marks."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not (function.is_view or function.namespace == "profiler" or "empty" in function.name()):
+            self.launches.append(function.name())
+        return function(*args, **kwargs or {})
+
+
+def test_few_launches_a_step(tmp_path):
+    """dcgan at 64×64 in bf16: on a fast GPU a step of small batches takes as long as its launches do."""
+    t, counter = steps_of(trainer(tmp_path, "--amp", "bf16", size=64), 1), Counter()
+    images = torch.zeros(16, 64, 64, 3, dtype=torch.uint8)
+    with counter:
+        train.train_step(t.run, t.state, train.prepare_step(t.run, t.state), images, None)
+    assert len(counter.launches) <= 230, counter.launches
