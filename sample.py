@@ -12,10 +12,10 @@ larger --num adds some and leaves the others as they were.
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -97,7 +97,7 @@ def parse_labels(text, classes):
     for word in (w.strip() for w in text.split(",")):
         if word in classes:
             numbers.append(classes.index(word))
-        elif word.isdigit() and int(word) < len(classes):
+        elif word.isdecimal() and int(word) < len(classes):
             numbers.append(int(word))
         else:
             fail(f"--labels {word}: not one of the {len(classes)} classes ({', '.join(classes[:30])}"
@@ -154,6 +154,9 @@ def encode_texts(texts, saved):
         return torch.from_numpy(load_text_encoder(saved["text_encoder"]).encode(texts)).float()
     index = {word: i for i, word in enumerate(saved["vocabulary"])}
     split = [words_of(text) for text in texts]
+    for text, words in zip(texts, split):
+        if not any(word in index for word in words):
+            fail(f"--text {text!r}: no word of it is in the training captions")
     unknown = sorted({word for words in split for word in words if word not in index})
     if unknown:
         print(f"sample.py: not in the training captions: {', '.join(unknown)}", file=sys.stderr)
@@ -164,7 +167,7 @@ def encode_texts(texts, saved):
 
 
 def find_conditions(args, saved, folder):
-    """(numbers of images -> conditions or None, number -> what to note, DATA whose rows are noted or None)."""
+    """(numbers of images -> conditions or None, number -> what to note, DATA whose rows that names or None)."""
     kind = saved["model"]["condition"]
     if (args.text or args.text_file) and kind not in ("text", "vector"):
         fail("--text: this generator was trained without captions (train.py --condition text)")
@@ -204,7 +207,57 @@ def generate(generator, z, conditions, dial, device):
     return np.concatenate(pixels)
 
 
-def write_captioned(path, notes, pixels, data):
+class Written:
+    """FOLDER/sample.sha256, for `sha256sum -c`: what sample.py wrote there, and alone may replace."""
+
+    def __init__(self, folder):
+        self.folder, self.path = folder, folder / "sample.sha256"
+        self.lines = set(self.path.read_text().splitlines()) if self.path.exists() else set()
+
+    def line(self, path, data):
+        return f"{hashlib.sha256(data).hexdigest()}  {path.relative_to(self.folder)}"
+
+    def holds(self, path):
+        """Whether a file is there as sample.py left it."""
+        return path.is_file() and self.line(path, path.read_bytes()) in self.lines
+
+    def check(self, *paths):
+        """Refuse to go on where a file, or one in a folder, would be replaced that is not sample.py's."""
+        for path in paths:
+            for file in sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []:
+                if not self.holds(file):
+                    fail(f"{file} would be replaced, and is not as sample.py wrote it: move it away, or choose "
+                         f"another --out")
+
+    def note(self, lines, instead_of=()):
+        self.lines = self.lines.difference(instead_of).union(lines)
+        lines = sorted(self.lines, key=lambda line: line.split("  ", 1)[1])
+        write_text(self.path, "".join(line + "\n" for line in lines))
+
+    def write(self, path, data):
+        """A file of these bytes; at no moment does one stand there that is not noted."""
+        self.check(path)
+        line, before = self.line(path, data), [x for x in self.lines if x.endswith(f"  {path.name}")]
+        self.note([line])
+        with whole_file(path) as file:
+            file.write(data)
+        self.note([line], instead_of=before)
+
+
+def encode(image, kind, **options):
+    """A Pillow image as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def animate(frames, duration):
+    """Pillow images as an animated WebP that repeats; duration: ms, of all or of each."""
+    return encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], duration=duration, loop=0,
+                  quality=90)
+
+
+def captioned(notes, pixels, data):
     """A picture of images with their captions below them, and beside each the real image of that caption."""
     real = data.array("images") if data else None
     import matplotlib  # for its font, which has more letters than Pillow's
@@ -218,55 +271,50 @@ def write_captioned(path, notes, pixels, data):
             page.paste(large, (left + k * (side + 4), top))
         text = "\n".join(textwrap.wrap("".join(c for c in note["caption"] if c.isprintable()), 36)[:3])
         ImageDraw.Draw(page).text((left, top + side + 3), text, fill="black", font=font)
-    with whole_file(path) as file:
-        page.save(file, "PNG")
+    return page
 
 
-def write_png(path, pixels):
-    Image.fromarray(pixels.squeeze()).save(path, compress_level=4)
-
-
-def write_images(out, blocks):
+def write_images(out, blocks, written):
     """Blocks of (first number, pixels (n, H, W, C)) as a folder of PNGs or an .npz, whole or not at all."""
     if out.suffix == ".npz":
-        with whole_file(out) as file:
-            np.savez(file, images=np.concatenate([pixels for _, pixels in blocks]))
-        return
-    partial = out.with_name(out.name + ".partial")
+        buffer = io.BytesIO()
+        np.savez(buffer, images=np.concatenate([pixels for _, pixels in blocks]))
+        return written.write(out, buffer.getvalue())
+    partial, lines = out.with_name(out.name + ".partial"), []
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+
+    def write(name, pixels):
+        data = encode(Image.fromarray(pixels.squeeze()), "PNG", compress_level=4)
+        (partial / name).write_bytes(data)
+        return written.line(out / name, data)
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             waiting = []
             for first, pixels in blocks:
-                list(waiting)  # a block behind: errors of the disk surface, memory stays bounded
-                names = [partial / f"{first + i:06d}.png" for i in range(len(pixels))]
-                waiting = pool.map(write_png, names, pixels)
-            list(waiting)
+                lines += waiting  # a block behind: errors of the disk surface, memory stays bounded
+                waiting = pool.map(write, [f"{first + i:06d}.png" for i in range(len(pixels))], pixels)
+            lines += waiting
+        before = {line for line in written.lines if line.split("  ", 1)[1].startswith(f"{out.name}/")}
+        written.note(lines)  # before they are there: killed in between, both are known
         shutil.rmtree(out, ignore_errors=True)
         os.rename(partial, out)
+        written.note(lines, instead_of=before - set(lines))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_walk(folder, z, condition, draw):
+def write_walk(written, z, condition, draw):
     """A closed walk through latents (n, dim): a strip of stills and an animation. One condition all along."""
     steps = [slerp(z[i], z[(i + 1) % len(z)], f / FRAMES) for i in range(len(z)) for f in range(FRAMES)]
     pixels = draw(torch.stack(steps), None if condition is None else
                   condition.expand(len(steps), *condition.shape[1:]))
-    with whole_file(folder / "interpolation.png") as file:
-        make_grid(pixels[::FRAMES // 4]).save(file, "PNG")
+    still, moving = (written.folder / f"interpolation.{kind}" for kind in ("png", "webp"))
+    written.write(still, encode(make_grid(pixels[::FRAMES // 4]), "PNG"))
     side = pixels.shape[1] * max(1, 256 // pixels.shape[1])
     frames = [Image.fromarray(p.squeeze()).resize((side, side), Image.Resampling.NEAREST) for p in pixels]
-    write_animation(folder / "interpolation.webp", frames, 1000 // FRAMES)
-    print(f"{folder / 'interpolation.png'}, {folder / 'interpolation.webp'}: {len(z)} latents and between")
-
-
-def write_animation(path, frames, duration):
-    """Pillow images as an animated WebP that repeats; duration: ms, of all or of each."""
-    with whole_file(path) as file:
-        frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=duration, loop=0,
-                       quality=90)
+    written.write(moving, animate(frames, 1000 // FRAMES))
+    print(f"{still}, {moving}: {len(z)} latents and between")
 
 
 def write_film(run):
@@ -283,7 +331,8 @@ def write_film(run):
         frames.append(Image.new("RGB", (grid.width, grid.height + 14), "white"))
         frames[-1].paste(grid)
         ImageDraw.Draw(frames[-1]).text((4, grid.height + 1), f"step {int(path.stem[5:])}", fill="black")
-    write_animation(run / "film.webp", frames, [max(40, 8000 // len(frames))] * (len(frames) - 1) + [2000])
+    durations = [max(40, 8000 // len(frames))] * (len(frames) - 1) + [2000]
+    Written(run).write(run / "film.webp", animate(frames, durations))
     print(f"{run / 'film.webp'}: {len(frames)} grids")
 
 
@@ -295,8 +344,10 @@ def write_texts(args, generator, saved, folder, device):
         if getattr(args, name):
             fail(f"{flag(name)}: not for a generator of texts")
     out, texts = Path(args.out or folder / "texts.txt"), []
-    if out.suffix != ".txt":
-        fail(f"--out {out}: texts go into a file whose name ends in .txt")
+    if out.suffix != ".txt" or not out.parent.is_dir():
+        fail(f"--out {out}: texts go into a file whose name ends in .txt, in a folder that is there")
+    written = Written(out.parent)
+    written.check(out)
     for first in range(0, args.num, BLOCK):
         z = latents(args.seed, range(first, first + BLOCK), generator.noise_dim).to(device)
         with torch.inference_mode():
@@ -312,7 +363,7 @@ def write_texts(args, generator, saved, folder, device):
         record |= {"nll": (losses * counts).sum().item() / counts.sum().item(), "nll_texts": len(held_out)}
     else:
         print("sample.py: no likelihood of held-out texts: name the data with --data", file=sys.stderr)
-    write_text(out, "".join(text + "\n" for text in texts[:args.num]))
+    written.write(out, "".join(text + "\n" for text in texts[:args.num]).encode("utf-8", "replace"))
     write_json(out.with_suffix(".json"), record)
     print(f"{out}: {args.num} texts of step {saved['step']}")
 
@@ -320,18 +371,20 @@ def write_texts(args, generator, saved, folder, device):
 def write_pictures(args, generator, saved, digest, folder, device):
     """The images and pictures that the call asks for; images that are there already are not drawn again."""
     conditions, note, data = find_conditions(args, saved, folder)  # a mistake shows before any work
-    out = Path(args.out) if args.out else folder / "images"
-    if out.is_dir() and not all(re.fullmatch(r"\d{6,}\.png", name) for name in os.listdir(out)):
-        fail(f"--out {out} holds other files than numbered PNGs: choose another folder")
+    out = Path(args.out or folder / "images")
+    out = out.resolve() if out.is_symlink() else out  # which stays one
     if not out.parent.is_dir():
         fail(f"--out {out}: {out.parent} is not a folder")
-
     # beside images/, so that images/ holds nothing but PNGs
-    record, folder = out.with_name(out.name + ".json"), out.parent
+    record, folder, written = out.with_name(out.name + ".json"), out.parent, Written(out.parent)
     request = {"num": args.num, "seed": args.seed, "labels": args.labels, "truncation": args.truncation,
                "text": args.text, "text_file": args.text_file, "data": str(data.folder) if data else None,
                "generator": digest, "step": saved["step"]}
     done = False
+    with contextlib.suppress(OSError, ValueError):
+        files = [out] if out.suffix == ".npz" else [out / f"{i:06d}.png" for i in range(args.num)]
+        done = json.loads(record.read_text()) == request and all(map(written.holds, files))
+    written.check(*[out] * bool(args.num and not done), *[folder / "grid.png"] * bool(args.grid))
 
     def latents_of(numbers):
         z = latents(args.seed, numbers, generator.noise_dim)
@@ -345,29 +398,27 @@ def write_pictures(args, generator, saved, digest, folder, device):
             numbers = range(first, min(first + BLOCK, args.num))
             yield first, draw(latents_of(numbers), conditions(numbers))
 
-    with contextlib.suppress(OSError, ValueError):
-        done = out.exists() and json.loads(record.read_text()) == request
     if args.num and done:
         print(f"{out} already holds these {args.num} images")
     elif args.num:
         record.unlink(missing_ok=True)
-        write_images(out, blocks())
+        write_images(out, blocks(), written)
         notes = "".join(json.dumps({"image": i} | note(i)) + "\n" for i in range(args.num))
         write_text(out.with_name(out.name + ".jsonl"), notes)
         write_json(record, request)
         print(f"{out}: {args.num} images of step {saved['step']}")
     if args.grid:
         pixels = draw(latents_of(range(args.grid)), conditions(range(args.grid)))
-        with whole_file(folder / "grid.png") as file:
-            make_grid(pixels, columns=min(math.ceil(math.sqrt(args.grid)), 32)).save(file, "PNG")
+        columns = min(math.ceil(math.sqrt(args.grid)), 32)
+        written.write(folder / "grid.png", encode(make_grid(pixels, columns), "PNG"))
         print(f"{folder / 'grid.png'}: the first {args.grid} images")
         if saved["model"]["condition"] in ("text", "vector"):
             notes = [note(i) for i in range(min(args.grid, 32))]
-            write_captioned(folder / "captions.png", notes, pixels[:32], data)
+            written.write(folder / "captions.png", encode(captioned(notes, pixels[:32], data), "PNG"))
             print(f"{folder / 'captions.png'}: what was drawn for each caption"
                   + (", and the real image beside it" if data else ""))
     if args.interpolate:
-        write_walk(folder, latents_of(range(args.interpolate)), conditions(range(1)), draw)
+        write_walk(written, latents_of(range(args.interpolate)), conditions(range(1)), draw)
 
 
 def main():

@@ -135,9 +135,9 @@ def beside_bare(folder, data, amp):
 
     times, batches = [], train.batches
 
-    def in_turn(t, start, stop):
+    def in_turn(run, start):
         begin = time.perf_counter()
-        for batch in batches(t, start, stop):
+        for batch in batches(run, start):
             asked = time.perf_counter()
             bare()
             end = time.perf_counter()

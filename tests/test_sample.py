@@ -128,3 +128,43 @@ def test_refusals(generator, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").exists()
     refused("sample.py", "--run", generator, "--num", "-1", naming="--num")
     refused("sample.py", "--run", generator, "--truncation", "0", naming="--truncation")
+
+
+def test_nothing_is_replaced_but_what_it_wrote(generator, tmp_path):
+    mine = tmp_path / "pictures"
+    mine.mkdir()
+    for i in range(3):
+        Image.new("RGB", (4, 4), "red").save(mine / f"{i:06d}.png")
+    before = {p.name: p.read_bytes() for p in mine.iterdir()}
+    refused("sample.py", "--run", generator, "--num", "2", "--out", mine, naming=["000000.png", "--out"])
+    (tmp_path / "grid.png").write_bytes(b"mine")
+    refused("sample.py", "--run", generator, "--num", "2", "--grid", "--out", tmp_path / "new", naming="grid.png")
+    (tmp_path / "mine.npz").write_bytes(b"mine")
+    refused("sample.py", "--run", generator, "--num", "2", "--out", tmp_path / "mine.npz", naming="mine.npz")
+    assert {p.name: p.read_bytes() for p in mine.iterdir()} == before and not (tmp_path / "new").exists()
+    assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "mine.npz").read_bytes() == b"mine"
+
+
+def test_what_it_wrote_is_replaced_and_what_was_changed_is_not(generator, tmp_path):
+    real = tmp_path / "disk"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    call("sample.py", "--run", generator, "--num", "3", "--out", tmp_path / "link", "--grid")
+    assert len(list(real.iterdir())) == 3 and (tmp_path / "link").is_symlink()
+    call("sample.py", "--run", generator, "--num", "2", "--seed", "1", "--out", tmp_path / "link", "--grid")
+    call("sha256sum", "-c", "--quiet", "sample.sha256", cwd=tmp_path)
+    assert sorted(p.name for p in real.iterdir()) == ["000000.png", "000001.png"] and (tmp_path / "link").is_symlink()
+    (real / "000001.png").unlink()
+    said = call("sample.py", "--run", generator, "--num", "2", "--seed", "1", "--out", tmp_path / "link").stdout
+    assert "already" not in said and (real / "000001.png").exists(), "it holds them all only when it does"
+    (real / "000001.png").write_bytes(b"painted over")
+    refused("sample.py", "--run", generator, "--num", "2", "--out", tmp_path / "link", naming="000001.png")
+
+
+def test_texts_without_a_known_word_are_not_drawn(captioned, tmp_path):
+    for text in ("🐱", "!!!", "zyx", ""):
+        refused("sample.py", "--run", captioned, "--num", "1", "--text", text, "--out", tmp_path / "a.npz", naming="--text")
+    (tmp_path / "t16.txt").write_bytes("a red circle".encode("utf-16"))
+    refused("sample.py", "--run", captioned, "--num", "1", "--text-file", tmp_path / "t16.txt", "--out", tmp_path / "a.npz",
+            naming="--text-file")
+    assert not (tmp_path / "a.npz").exists()
