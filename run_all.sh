@@ -20,6 +20,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [ -f "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-$here}  # SLURM runs a copy of this file
 mistake() { echo "run_all.sh: $1" >&2; exit 2; }
+trap '' PIPE  # whoever read the output may leave: the run goes on
+say() { echo "$@" 2>/dev/null || true; }
 
 recipe=${1:-shapes}
 shift || true
@@ -87,7 +89,7 @@ call="$recipe ${prepare[*]-} $*"
 
 if [ -f "$run/generator.pt" ] && [ -f "$run/report.html" ] && [ "$run/done" -nt "$run/generator.pt" ] &&
     [ "$(cat "$run/done")" = "$call" ]; then
-    echo "$run is finished: report $run/report.html, pictures $run/images; nothing to do"
+    say "$run is finished: report $run/report.html, pictures $run/images; nothing to do"
     exit 0
 fi
 
@@ -108,7 +110,7 @@ elif python3 -c "$has" 2>/dev/null; then
 else
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         mistake "needs Python 3.11 or later as python3, or named by PYTHON="
-    echo "installing the packages of requirements.txt into .venv (once)"
+    say "installing the packages of requirements.txt into .venv (once)"
     python3 -m venv "$here/.venv"
     "$here/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
     cp "$here/requirements.txt" "$here/.venv/complete"
@@ -141,12 +143,12 @@ stop() {
     [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
 }
 leave() {
-    echo "run_all.sh: interrupted by SIG$stopped; the same command goes on" >&2
+    say "run_all.sh: interrupted by SIG$stopped; the same command goes on" >&2
     # SIGUSR1 is the warning before the time limit that #SBATCH --signal asks for; after scancel nothing is to go on
     [ "$stopped" != USR1 ] || [ -z "${SLURM_JOB_ID-}" ] || scontrol requeue "$SLURM_JOB_ID" || true
     exit 75
 }
-for name in INT TERM USR1; do trap "stop $name" "$name"; done
+for name in INT TERM USR1 HUP; do trap "stop $name" "$name"; done
 stage() {
     local status=0
     [ -z "$stopped" ] || leave
@@ -161,6 +163,14 @@ stage() {
 
 [ -z "$shapes" ] || stage "$python" "$here/prepare_data.py" shapes --size 32 --num 10000 --out "$shapes"
 stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
+[ "$recipe" = captions ] || {
+    have=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["count"])' "$data/meta.json")
+    [ "$have" -ge 2048 ] || [ "${#real[@]}" = 0 ] || {
+        say "run_all.sh: $data has $have images: the generated ones are scored against all of them"
+        real=()
+    }
+    [ "$recipe" != folder ] || [ "$have" -ge 64 ] || [ "$have" -lt 1 ] || train+=(--batch-size "$have")
+}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 launch=("$python") nodes=${SLURM_NNODES:-1} torchrun=("$python" -m torch.distributed.run)
 [ "$gpus" -lt 2 ] || launch=("${torchrun[@]}" --standalone --nproc_per_node="$gpus")

@@ -167,7 +167,7 @@ def encode_texts(texts, saved):
 
 
 def find_conditions(args, saved, folder):
-    """(numbers of images -> conditions or None, number -> what to note, DATA whose rows that names or None)."""
+    """(numbers of images -> conditions or None, number -> what to note, DATA if that names its rows)."""
     kind = saved["model"]["condition"]
     if (args.text or args.text_file) and kind not in ("text", "vector"):
         fail("--text: this generator was trained without captions (train.py --condition text)")
@@ -226,7 +226,7 @@ class Written:
         for path in paths:
             for file in sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []:
                 if not self.holds(file):
-                    fail(f"{file} would be replaced, and is not as sample.py wrote it: move it away, or choose "
+                    fail(f"{file} would be replaced, and is not as sample.py wrote it: move it away, or take "
                          f"another --out")
 
     def note(self, lines, instead_of=()):
