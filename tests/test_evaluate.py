@@ -12,6 +12,7 @@ from conftest import call, refused
 from PIL import Image
 
 import evaluate
+from prepare_data import Data
 
 rng = np.random.default_rng(0)
 
@@ -106,11 +107,12 @@ def test_attributes_are_seen(tmp_path):
     call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "32", "--num", "3000")
     images = np.load(tmp_path / "data" / "images.npy")
     notes = [{"row": i} for i in range(400)]
-    rates = evaluate.attribute_rates(notes, images[:400], images, tmp_path / "data")
+    captions = Data(tmp_path / "data").captions()
+    rates = evaluate.attribute_rates(notes, images[:400], images, captions)
     assert [rates[f"{name} right"]["value"] > 0.98 for name in ("colour", "background", "size")] == [True] * 3
     assert rates["all right"]["value"] > 0.7 and rates["all right"]["n_real"] == 600 and "%" in rates["all right"]["protocol"]
     gray = np.repeat(images[:400].mean(3, keepdims=True), 3, 3).astype(np.uint8)
-    blind = evaluate.attribute_rates(notes, gray, images, tmp_path / "data")
+    blind = evaluate.attribute_rates(notes, gray, images, captions)
     assert blind["colour right"]["value"] < 0.5 < blind["size right"]["value"]
 
 
