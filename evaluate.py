@@ -334,6 +334,10 @@ def fid_against_data(pixels, data, num_real, device):
 
 # ---- measures --------------------------------------------------------------------------------------------
 
+def mean_and_std(values):
+    return float(np.mean(values)), float(np.std(values))
+
+
 def statistics(features):
     """Mean (d,) and covariance (d, d) of features (n, d), in float64."""
     features = features.astype(np.float64)
@@ -365,7 +369,7 @@ def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE, seed=0):
         aa, bb, ab = (((p @ q.T) / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
         inner = (aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (size * (size - 1))
         values.append(float(inner - 2 * ab.mean()))
-    return float(np.mean(values)), float(np.std(values))
+    return mean_and_std(values)
 
 
 def neighbour_measures(real, fake, k=NEIGHBOURS):
@@ -407,14 +411,13 @@ def inception_score(features, classes, splits=10):
     log_p = (torch.from_numpy(features[order]).double() @ classes.T.cpu().double()).log_softmax(1)
     scores = [(part.exp() * (part - part.exp().mean(0).log())).sum(1).mean().exp().item()
               for part in log_p.chunk(splits)]
-    return float(np.mean(scores)), float(np.std(scores))
+    return mean_and_std(scores)
 
 
 def image_figures(fake, real, classes, weights, source):
-    """The figures of two sets of images: FID, and what their features allow beside it.
+    """FID of two sets as measure_images or real_statistics returns them, and what their features allow.
 
-    fake, real: as measure_images or real_statistics returns them; classes: Inception's classifier, or None;
-    weights, source: the names of Inception's weights and of the real images.
+    classes: Inception's classifier, or None; weights, source: names of its weights and of the real images.
     """
     found = figures({"fid": fid(fake, real)}, fake["n"], real["n"], weights=weights, real=source)
     if "features" in fake and "features" in real:
@@ -455,7 +458,7 @@ def matching(conditions, fake, real, network, images, device):
     fake, own = (f.astype(np.float64) - real["mu"] for f in (fake[numbers], own))
     fake, own = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (fake, own))
     cosine = (fake * own).sum(1)
-    found = figures({"cosine": (float(cosine.mean()), float(cosine.std()))}, len(fake), len(own))
+    found = figures({"cosine": mean_and_std(cosine)}, len(fake), len(own))
     if len(fake) > RIVALS:
         rng, hits = np.random.default_rng(0), []
         for _ in range(10):
@@ -463,8 +466,7 @@ def matching(conditions, fake, real, network, images, device):
             others += others >= np.arange(len(own))[:, None]  # all but its own
             rival = np.stack([own[o] @ f for f, o in zip(fake, others)])
             hits.append((cosine[:, None] > rival).all(1).mean())
-        precision = float(np.mean(hits)), float(np.std(hits))
-        found |= figures({"r_precision": precision}, len(fake), RIVALS + 1)
+        found |= figures({"r_precision": mean_and_std(hits)}, len(fake), RIVALS + 1)
     return found, sorted(zip(numbers.tolist(), cosine.tolist()), key=lambda pair: pair[1])
 
 
@@ -546,7 +548,7 @@ def clip_score(model, name, conditions, fake):
     image = model.encode([Image.fromarray(pixels) for pixels in fake], normalize_embeddings=True)
     text = model.encode([condition["caption"] for condition in conditions], normalize_embeddings=True)
     cosine = 100 * (image * text).sum(1)
-    return figures({"clip": (float(cosine.mean()), float(cosine.std()))}, len(fake), model=name)
+    return figures({"clip": mean_and_std(cosine)}, len(fake), model=name)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------
@@ -701,11 +703,18 @@ def page(title, sections):
             f"<title>{html.escape(title)}</title><style>{STYLE}</style>{''.join(parts)}</html>\n")
 
 
-def beside_real(generated, i, real, rows):
-    """A generated image and real ones as one picture (H, W, 3), all of the first one's size."""
-    images = [*pixels_at(generated, [i]), *pixels_at(real, rows)]
-    size = images[0].shape[1::-1]
-    return np.concatenate([Image.fromarray(x).resize(size, Image.Resampling.NEAREST) for x in images], 1)
+def gallery(heading, generated, real, entries):
+    """A section of the report: generated images, each beside real ones of its size.
+
+    generated, real: as open_images returns them; entries: (number of an image, numbers of real ones, text).
+    """
+    items = []
+    for i, rows, text in entries:
+        images = [*pixels_at(generated, [i]), *pixels_at(real, rows)]
+        size = images[0].shape[1::-1]
+        resized = [Image.fromarray(x).resize(size, Image.Resampling.NEAREST) for x in images]
+        items.append((np.concatenate(resized, 1), text))
+    return heading, items
 
 
 def plot_curves(log):
@@ -935,13 +944,11 @@ def score_captions(conditions, generated, fake, real, network, data, device):
     found, ranked = matching(conditions, fake["features"], real, network, images, device)
     pixels = pixels_at(generated, range(len(generated)))[..., :images.shape[3]]
     found |= attribute_rates(conditions, pixels, images, data.captions())
-    galleries = []
-    for which, chosen in (("best", ranked[:-GALLERY - 1:-1]), ("worst", ranked[:GALLERY])):
-        pairs = [(beside_real(generated, i, images, [conditions[i]["row"]]),
-                  f"{conditions[i]['caption']} ({cosine:.2f})") for i, cosine in chosen]
-        title = f"Captions drawn {which}: the generated image, the real one, their cosine"
-        galleries.append((title, pairs))
-    return found, galleries
+    entries = [(i, [conditions[i]["row"]], f"{conditions[i]['caption']} ({cosine:.2f})")
+               for i, cosine in ranked]
+    heading = "Captions drawn {}: the generated image, the real one, their cosine"
+    return found, [gallery(heading.format("best"), generated, images, entries[:-GALLERY - 1:-1]),
+                   gallery(heading.format("worst"), generated, images, entries[:GALLERY])]
 
 
 def score_images(args, images, run, config):
@@ -968,11 +975,10 @@ def score_images(args, images, run, config):
     found = image_figures(fake, real, network.classes, weights.name, source)
     warned, galleries = [], []
     if run and data and "precision" in found:
-        originals = data.array("images")
-        pairs = [(beside_real(generated, i, originals, real["rows"][near]), f"sample {i}, and real ones")
-                 for i, near in zip(*nearest_real(real["features"], fake["features"][:KEPT]))]
-        galleries.append((f"Nearest real images of the {GALLERY} samples that come closest to any, "
-                          "in Inception's features", pairs))
+        heading = "Nearest real images of the {} samples that come closest to any, in Inception's features"
+        entries = [(i, real["rows"][near], f"sample {i}, and real ones")
+                   for i, near in zip(*nearest_real(real["features"], fake["features"][:KEPT]))]
+        galleries.append(gallery(heading.format(GALLERY), generated, data.array("images"), entries))
     if conditions and "row" not in conditions[0]:
         warned.append("drawn for captions of your own choice: the FID compares them with all of the data, "
                       "and how well they match is not measured")
@@ -1009,6 +1015,8 @@ def score(args):
     """Score a run's samples, or images: metrics.json, report, trackers, and the figures in print."""
     start, run = time.perf_counter(), Path(args.run) if args.run else None
     config = read_json(run / "config.json", "--run") if run else {}
+    if run and "model" not in config:
+        fail(f"--run {run}: config.json is not of train.py")
     texts = bool(run) and config["model"]["arch"] == "seq"
     for name in ("images", "reference", "num_real", "floor", "clip", "weights"):
         if texts and getattr(args, name):
