@@ -48,7 +48,7 @@ BATCH = 32  # images a pass of Inception
 KEPT = 10_000  # real images whose features are kept for KID
 NEIGHBOURS = 3  # of precision, recall, density and coverage
 KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
-FEW = 2048  # Inception's features: from fewer images their covariance is singular
+FULL_RANK = 2048  # Inception's features: of fewer images their covariance is singular
 RIVALS = 99  # of R-precision, beside the image itself
 BLEU_ORDERS = (2, 3, 4, 5)
 TEXTS, TEXTS_SHOWN = 500, 20  # scored by BLEU, which takes each against all references; shown in the report
@@ -84,7 +84,7 @@ MEASURES = {  # key in metrics.json: name in print, digits after the point, prot
     "nll_oracle": ("NLL by the oracle", 3,
                    "the oracle's, nats a token of generated texts; lower where they vary less"),
     "nll_oracle_real": ("the same of real texts", 3, "the same of real ones")}
-ATTRIBUTES = "seen by a small network, right on {own:.1%} of held-out real images; deviation over tenths"
+ATTRIBUTES = "seen by a small network, right on {on_real:.1%} of held-out real images; deviation over tenths"
 COMPARED = ("fid", "kid", "precision", "recall", "bleu_2", "self_bleu_2", "nll", "nll_oracle")  # by --compare
 
 
@@ -519,13 +519,13 @@ def attribute_rates(conditions, fake, images, captions):
         hit = torch.stack([part.argmax(1) for part in logits], 1) == expected
         return torch.cat([hit, hit.all(1, keepdim=True)], 1).float()
 
-    own = hits(x[:held], truth[:held]).mean(0)
-    found = hits(prepare(fake), truth[[condition["row"] for condition in conditions]])
-    tenths = torch.stack([part.mean(0) for part in found.chunk(10)])
+    on_real = hits(x[:held], truth[:held]).mean(0)
+    on_fake = hits(prepare(fake), truth[[condition["row"] for condition in conditions]])
+    tenths = torch.stack([part.mean(0) for part in on_fake.chunk(10)])
     rates = {}
     for i, name in enumerate([*names, "all"]):
-        rate = float(found[:, i].mean()), float(tenths[:, i].std())
-        rates |= figures({f"{name} right": rate}, len(found), held, own=own[i])
+        rate = float(on_fake[:, i].mean()), float(tenths[:, i].std())
+        rates |= figures({f"{name} right": rate}, len(on_fake), held, on_real=on_real[i])
     return rates
 
 
@@ -992,10 +992,10 @@ def score_images(args, images, run, config):
             warned.append(f"no R-precision: it takes {RIVALS + 1} images or more, here are {len(conditions)}")
     if clip:
         found |= clip_score(clip, args.clip, conditions, pixels_at(generated, range(len(generated))))
-    few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FEW]
+    few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FULL_RANK]
     if few:
-        warned.append(f"FID from {' and '.join(few)} images: under {FEW} the covariance is singular and the "
-                      "figure too high; compare it with figures of the same n alone")
+        warned.append(f"FID from {' and '.join(few)} images: under {FULL_RANK} the covariance is singular and "
+                      "the figure too high; compare it with figures of the same n alone")
     return found | {"warnings": warned}, galleries
 
 

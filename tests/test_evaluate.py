@@ -176,6 +176,19 @@ def test_report_escapes(trained, tmp_path):
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
 
 
+def test_precision_of_convolutions_is_put_back():
+    import torch
+    before = torch.backends.cudnn.allow_tf32
+
+    def network(x):
+        assert not torch.backends.cudnn.allow_tf32, "TF32 would show in the FID"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        evaluate.inception_features(network, np.zeros((2, 8, 8, 3), np.uint8), "cpu", np.arange(2))
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_no_weights_is_one_line_and_no_other_network(trained, tmp_path):
     """Offline with an empty cache: neither pytorch-fid's file nor the package can be had."""
     blocked = {"TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
@@ -190,6 +203,16 @@ def test_refusals(trained, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate.parse_args([])
     assert "name what to score: --run RUN" in capsys.readouterr().err
+    reference = ("--images", "a", "--reference", "b")
+    for options, naming in (((*reference, "--floor"), "--floor does not go with --reference"),
+                            ((*reference, "--num-real", "9"), "--num-real does not go with --reference"),
+                            ((*reference, "--data", "c"), "--data does not go with --reference"),
+                            (("--compare", "a", "--floor"), "--floor does not go with --compare"),
+                            (("--images", "a", "--data", "b", "--num-real", "1"), "--num-real: 1 must be at least 2")):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.parse_args(options)
+        error = capsys.readouterr().err
+        assert naming in error and error.count("\n") == 1
     refused("evaluate.py", "--run", tmp_path, naming=["--run", "config.json"])
     refused("evaluate.py", "--run", trained, naming="sample.py")
     (tmp_path / "empty").mkdir()
