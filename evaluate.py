@@ -994,8 +994,8 @@ def score_images(args, images, run, config):
         found |= clip_score(clip, args.clip, conditions, pixels_at(generated, range(len(generated))))
     few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FULL_RANK]
     if few:
-        warned.append(f"FID from {' and '.join(few)} images: under {FULL_RANK} the covariance is singular and "
-                      "the figure too high; compare it with figures of the same n alone")
+        warned.append(f"FID from {' and '.join(few)} images: under {FULL_RANK} the covariance is singular "
+                      "and the figure too high; compare it with figures of the same n alone")
     return found | {"warnings": warned}, galleries
 
 
