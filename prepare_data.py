@@ -6,8 +6,8 @@
 
     python prepare_data.py text --out data/captions --root data/shapes/captions.jsonl
 
-DATA/images.npy is (N, H, W, C) uint8; of texts, DATA/tokens.npy (N, L) int32. DATA appears whole or not at all; called
-again with the same options, nothing is done.
+DATA/images.npy is (N, H, W, C) uint8; of texts, DATA/tokens.npy (N, L) int32. DATA appears whole or not at
+all; called again with the same options, nothing is done.
 """
 
 import argparse
@@ -43,24 +43,23 @@ import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageDraw, ImageOps
 from tqdm import tqdm
 
-EXTENSIONS = set(""".apng .avif .avifs .bmp .dib .gif .ico .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo
-    .pbm .pcx .pfm .pgm .png .pnm .ppm .psd .qoi .sgi .tga .tif .tiff .webp""".split())
+EXTENSIONS = set(""".apng .avif .avifs .bmp .dib .gif .ico .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx
+    .mpo .pbm .pcx .pfm .pgm .png .pnm .ppm .psd .qoi .sgi .tga .tif .tiff .webp""".split())
 # decoders that start no other program: EPS would run Ghostscript on a stranger's file
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO", "PCX",
-           "PSD", "QOI", "SGI")
-# endings and names of what lies beside pictures and is none: counted, no reason to warn
-ACCOMPANYING = set(""".cfg .csv .db .html .ini .ipynb .json .jsonl .lock .log .mat .md .md5 .npy .npz .parquet .pkl .pt
-    .pth .py .sh .toml .tsv .txt .url .xml .yaml .yml .ds_store license readme""".split())
+FORMATS = "JPEG MPO PNG WEBP BMP DIB GIF TIFF PPM TGA JPEG2000 AVIF ICO PCX PSD QOI SGI".split()
+# what lies beside pictures and is none: counted, no reason to warn
+ACCOMPANYING = set(""".cfg .csv .db .ds_store .html .ini .ipynb .json .jsonl .lock .log .mat .md .md5 .npy
+    .npz .parquet .pkl .pt .pth .py .sh .toml .tsv .txt .url .xml .yaml .yml license readme""".split())
 REASONS = {"uncaptioned image": "no caption", "stray image": "lies beside the folders that are the classes",
-           "repeated folder": "read already under another name", "special file": "a pipe, a socket or a device",
-           "repeated name": "a later member of the archive has this name"}  # of others: "LABEL is not read"
+           "repeated folder": "read under another name", "special file": "a pipe, a socket or a device",
+           "repeated name": "a later member of the archive has it"}  # of other labels: "LABEL is not read"
 MAX_NAMED = 20_000  # files left out by the listing that meta.json names; beyond, they are counted
 MAX_FILE_BYTES = 1 << 29  # a zip member larger than this is a bomb, not a picture or a text
 MAX_WORDS, MAX_VOCABULARY = 32, 10_000  # of a caption; of all, the others become <unk>
 CHUNK = 32  # images a task: large enough that passing them costs little beside decoding
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATHS = ("root", "captions")  # options
-stopped = []  # signals received; looked at between images, since raising within a process pool can deadlock it
+stopped = []  # signals received; looked at between images, since raising in a process pool can deadlock it
 
 TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "celeba")
 SHAPES = ("circle", "square", "triangle", "star")
@@ -75,14 +74,14 @@ PHRASINGS = ("a {size} {colour} {shape} on a {background} background",
 
 
 class Item(NamedTuple):
-    """One picture to be: `payload` is a path, an encoded file, a pixel array, or the number of a shape to draw."""
+    """One picture to be: `payload` is a path, an encoded file, an array of pixels, or a shape's number."""
     name: str
     payload: str | bytes | np.ndarray | int
     label: str | None = None
     captions: list[str] | None = None
 
 
-# ---- what all four scripts use ---------------------------------------------------------------------------
+# ---- what all four scripts use -----------------------------------------------------------------------------
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: interrupted or in use, call again
 
@@ -111,7 +110,7 @@ def within(low, high=math.inf, kind=float):
     """An argparse type: a finite number from low to high."""
     def number(text):
         value = kind(text)
-        if not (low <= value <= high and abs(value) <= sys.maxsize):  # so large is infinite; NaN compares as false
+        if not (low <= value <= high and abs(value) <= sys.maxsize):  # infinite; NaN is in no range
             limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise argparse.ArgumentTypeError(f"{text} must be {limits}")
         return value
@@ -132,7 +131,7 @@ class Parser(argparse.ArgumentParser):
 
     add = Parser(__doc__).group("data") gives argparse's add_argument with two words more: `needs` names an
     option, or an option and the values of which it needs one ("--schedule linear or cosine"); `excludes` the
-    same of what it does not go with. They are held against the options that the call names, not against defaults.
+    same of what it does not go with. They are held against the options that the call names, not defaults.
     """
 
     def __init__(self, description):
@@ -153,7 +152,7 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def parse_args(self, argv=None):
-        with contextlib.suppress(AttributeError):  # a terminal in ASCII, a name that is no UTF-8: shown escaped
+        with contextlib.suppress(AttributeError):  # where it cannot show a letter, it shows the code
             sys.stdout.reconfigure(errors="backslashreplace")
         argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
         options = self._option_string_actions
@@ -246,7 +245,7 @@ def read_lines(path):
 
 
 def lock(folder):
-    """Hold a folder for this process alone, or exit 75 and say who does; the kernel drops a dead process's lock."""
+    """Hold a folder for this process alone, or exit 75 and say who does; a dead process's lock is none."""
     import fcntl
     file = open(Path(folder) / "lock", "a+")
     try:
@@ -255,8 +254,8 @@ def lock(folder):
         file.seek(0)
         fail(f"--out {folder} is in use by {file.read().strip() or 'another process'}", TRY_AGAIN)
     except OSError as error:
-        print(f"note: {folder} cannot be locked on this file system ({error}): see that nothing else writes to "
-              "it", file=sys.stderr)
+        print(f"note: {folder} cannot be locked on this file system ({error}): let nothing else write there",
+              file=sys.stderr)
     file.truncate(0)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
@@ -265,15 +264,15 @@ def lock(folder):
 
 
 class Data:
-    """DATA/ as it was written: `meta`, and arrays (memory maps) that agree with it, or one line that says why not."""
+    """DATA/ as it was written: `meta`, and arrays (memory maps) that agree with it, or a line why not."""
 
     def __init__(self, folder, option="--data"):
         self.folder, self.option = Path(folder), option
         if not os.path.exists(self.folder / "meta.json"):
             fail(f"{option} {folder}: meta.json is not there; make the folder with prepare_data.py")
         self.meta = read_json(self.folder / "meta.json", option)
-        missing = [key for key in ("name", "count", "size", "channels", "classes", "vocabulary", "fingerprint")
-                   if not isinstance(self.meta, dict) or key not in self.meta]
+        keys = ("name", "count", "size", "channels", "classes", "vocabulary", "fingerprint")
+        missing = [key for key in keys if not isinstance(self.meta, dict) or key not in self.meta]
         if missing:
             self.damaged(f"meta.json lacks {', '.join(missing)}")
 
@@ -283,7 +282,7 @@ class Data:
     def array(self, name):
         """images (N, H, W, C) uint8; labels (N,); tokens (N, K, L), of texts (N, L); embeddings (N, K, n)."""
         meta = self.meta
-        count, size, length = meta["count"], meta["size"], meta.get("length")  # length: of texts without images
+        count, size, length = meta["count"], meta["size"], meta.get("length")  # the last of texts alone
         shape = {"images": (count, size, size, meta["channels"]), "labels": (count,),
                  "tokens": (count, length) if length else (count, None, None),
                  "held_out": (meta.get("held_out"), length), "embeddings": (count, None, None)}[name]
@@ -303,7 +302,7 @@ class Data:
         return array
 
     def captions(self):
-        """The lines of captions.jsonl, one an image: {"captions": [...], and attributes where there are any}."""
+        """The lines of captions.jsonl, one an image: {"captions": [...], and attributes, if any}."""
         try:
             lines = read_lines(self.folder / "captions.jsonl")
         except ValueError as error:
@@ -312,7 +311,7 @@ class Data:
             f"captions.jsonl has {len(lines)} whole lines for {self.meta['count']} images")
 
     def verify(self):
-        """End with a line unless the arrays are the ones that meta.json was written for; reads all of them."""
+        """End with a line unless the arrays are those that meta.json was written for; reads all of them."""
         meta, digest = self.meta, hashlib.sha256()
         names = {"images": not meta.get("length"), "labels": meta["classes"], "tokens": meta["vocabulary"],
                  "held_out": meta.get("length"), "embeddings": meta.get("text_encoder")}
@@ -325,7 +324,7 @@ class Data:
             self.captions()
 
 
-# ---- sources: each gives how many pictures, their Items, and [(name, label)] of what it leaves out -----------
+# ---- sources: each gives how many pictures, their Items, and [(name, label)] of what it leaves out ---------
 
 def shapes_source(args):
     return args.num or 10_000, (Item(f"shape {i}", i) for i in range(args.num or 10_000)), []
@@ -334,8 +333,8 @@ def shapes_source(args):
 def torchvision_source(args):
     from torchvision import datasets
     root = args.root or "downloads"
-    dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
-                     "celeba": datasets.CelebA}[args.source]
+    dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
+                     "cifar10": datasets.CIFAR10, "celeba": datasets.CelebA}[args.source]
     options = {"split": "all", "target_type": []} if args.source == "celeba" else {}
     try:
         try:
@@ -364,51 +363,50 @@ def open_file(path):
 
 
 def open_root(root):
-    """What a directory or archive holds, without unpacking it: (a function that opens a member to read,
+    """What a directory or archive holds, with nothing unpacked: (a function that opens a member to read,
     {name: member}, [(name, label)] of what is left out)."""
     try:
         if root.is_dir():
             return open_file, *list_folder(root)
         if not root.is_file():
-            raise OSError("no such file" if not root.exists() else "a pipe, a socket or a device")
+            raise OSError("a pipe, a socket or a device" if root.exists() else "no such file")
         if zipfile.is_zipfile(root):
             archive = zipfile.ZipFile(root)
-            return archive.open, *list_archive((m.filename, m, True) for m in archive.infolist() if not m.is_dir())
+            members = [(m.filename, m, True) for m in archive.infolist() if not m.is_dir()]
+            return archive.open, *list_archive(members)
         archive = tarfile.open(root)
-        listed = list_archive((m.name, m, m.isreg() or m.issym() or m.islnk()) for m in archive if not m.isdir())
+        members = [(m.name, m, not m.isdev()) for m in archive if not m.isdir()]
         archive.fileobj.seek(archive.offset)
-        if archive.fileobj.read(512) != bytes(512):  # tarfile takes a broken member for the end
-            raise tarfile.ReadError(f"cut short or damaged after its {len(archive.members)} first members")
-        return archive.extractfile, *listed
+        if archive.fileobj.read(1 << 15).strip(b"\0"):  # tarfile takes a broken member for the end
+            raise OSError(f"damaged after the first {len(archive.members)} members, or two archives in one")
+        return archive.extractfile, *list_archive(members)
     except Exception as error:  # damage: each decompressor has its own
-        fail(f"--root {root}: neither a directory nor a readable .zip or .tar(.gz) "
-             f"({str(error).partition(chr(10))[0].rstrip(':') or type(error).__name__})")
+        reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
+        fail(f"--root {root}: neither a directory nor a readable .zip or .tar(.gz) ({reason})")
 
 
 def list_folder(root):
-    """({name: path} of the files below, [(name, label)] of what is left out); links are followed, folders read once."""
+    """({name: path} of the files below, [(name, label)] of the rest); follows links, reads a folder once."""
     names, left, seen, folders = {}, [], set(), deque([""])
     while folders:
         folder = folders.popleft()
+        path = os.path.join(root, folder)
         try:
-            place, entries = os.stat(os.path.join(root, folder)), list(os.scandir(os.path.join(root, folder)))
+            place, entries = os.stat(path), sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError:
             left.append((folder or ".", "unreadable folder"))
             continue
-        if (place.st_dev, place.st_ino) in seen:
-            left.append((folder, "repeated folder"))
+        hidden = os.path.basename(folder).startswith(".")
+        repeated = (place.st_dev, place.st_ino) in seen
+        prepared = folder and {"meta.json", "images.npy"} <= {entry.name for entry in entries}
+        if hidden or repeated or prepared:
+            left.append((folder, f"{'hidden' if hidden else 'repeated' if repeated else 'prepared'} folder"))
             continue
         seen.add((place.st_dev, place.st_ino))
-        if folder and {"meta.json", "images.npy"} <= {entry.name for entry in entries}:
-            left.append((folder, "prepared folder"))
-            continue
-        for entry in sorted(entries, key=lambda entry: entry.name):
+        for entry in entries:
             name, link = os.path.join(folder, entry.name), entry.is_symlink()
             if os.path.isdir(entry.path) if link else entry.is_dir():
-                if entry.name.startswith("."):
-                    left.append((name, "hidden folder"))
-                else:  # what a link repeats is read in its own place
-                    (folders.append if link else folders.appendleft)(name)
+                (folders.append if link else folders.appendleft)(name)  # the place itself before links to it
             elif os.path.isfile(entry.path) if link else entry.is_file():
                 names[name] = entry.path
             else:
@@ -467,8 +465,6 @@ def folder_source(args):
     if classes:
         left += [(name, "stray image") for name in images if name not in classes]
         images = [name for name in images if name in classes]
-        some = sorted(set(classes.values()))
-        say(f"classes: {len(some)}, the folders {repr(some[:5])[1:-1]}{' …' if len(some) > 5 else ''}")
 
     def items():
         for name in images:
@@ -478,20 +474,23 @@ def folder_source(args):
 
 
 def classes_of(images, choice=None):
-    """{image: class}, the first folders that differ; {} where there are none.
+    """{image: class}, the first folders that differ, said aloud; {} where there are none.
 
-    Images beside those folders are left out, unless they are more than a class has (choice: "folders" leaves them
-    out however many, "none" makes no classes).
+    Images beside those folders are no part of it. Where they are more than the smallest class has, there are
+    no classes, unless choice is "folders"; with "none" there never are.
     """
-    folders = {name: normal(name).split("/")[:-1] for name in images}
-    first = set()
-    while folders and len(first) < 2:  # a folder that wraps all others is no class
+    folders, first = {name: normal(name).split("/")[:-1] for name in images}, {}
+    while choice != "none" and folders and len(first) < 2:  # a folder that wraps all others is no class
         folders = {name: parts[len(first):] for name, parts in folders.items()}
         folders = {name: parts for name, parts in folders.items() if parts}
-        first = {parts[0] for parts in folders.values()}
+        first = Counter(parts[0] for parts in folders.values())
     beside = len(images) - len(folders)
-    if choice == "none" or len(first) < 2 or choice is None and beside * len(first) > len(folders):
+    if len(first) < 2 or choice is None and beside > min(first.values()):
+        if len(first) > 1:
+            say(f"classes: none; {beside} images lie beside the folders (--classes folders leaves them out)")
         return {}
+    some = repr(sorted(first)[:5])[1:-1]
+    say(f"classes: {len(first)}, the folders {some}{' …' if len(first) > 5 else ''}")
     return {name: parts[0] for name, parts in folders.items()}
 
 
@@ -506,22 +505,22 @@ def read_member(read, member):
 
 
 def source_state(args):
-    """A hash of the names and sizes of the source's files, of an archive its size; None where it is no file."""
+    """A hash of the names and sizes of the source's files, of an archive its size; None where it has none."""
     if args.source not in ("folder", "coco", "text") or not args.root:
         return None
     digest = hashlib.sha256()
     for path in (args.root, args.captions):
         files = list_folder(path)[0] if os.path.isdir(path or "") else {"": path}
         for name, file in sorted(files.items()):
-            size = os.path.getsize(file) if os.path.exists(file or "") else None
-            digest.update(f"{normal(name)} {size}\n".encode("utf-8", "surrogateescape"))
+            size = os.path.getsize(file) if os.path.isfile(file or "") else None
+            digest.update(f"{normal(name)!a} {size}\n".encode())
     return digest.hexdigest()
 
 
-# ---- captions and words --------------------------------------------------------------------------------------
+# ---- captions and words ------------------------------------------------------------------------------------
 
 def text_of(data):
-    """Bytes as text: UTF-8, or what a byte order mark says. ValueError names the first line that is neither."""
+    """Bytes as text: UTF-8, or what a byte order mark says. ValueError names the first line that is not."""
     if isinstance(data, Exception):
         raise ValueError(f"cannot be read ({data})")
     marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
@@ -538,22 +537,22 @@ def text_of(data):
 
 
 def json_lines(data, *keys):
-    """(object, its captions) of each line {"captions": a text or a list, …} of a .jsonl's bytes; null is no caption.
+    """(object, its captions) of each line {"captions": a text or a list, …} of a .jsonl's bytes.
 
-    keys: what else each line must hold as text.
+    null is no caption; keys: what else each line must hold as text.
     """
-    for number, line in enumerate(text_of(data).split("\n"), 1):  # within JSON all other ends of lines are text
+    for number, line in enumerate(text_of(data).split("\n"), 1):  # all other ends of lines are text in JSON
         try:
             if line := line.strip(" \t\r\ufeff"):
                 entry = json.loads(line)
                 told = entry["captions"] if isinstance(entry["captions"], list) else [entry["captions"]]
-                if not all(isinstance(text, str | None) for text in told):
+                told = [text for text in told if text is not None]
+                if not all(isinstance(text, str) for text in [*told, *(entry[key] for key in keys)]):
                     raise ValueError
-                if not all(isinstance(entry[key], str) for key in keys):
-                    raise ValueError
-                yield entry, [text for text in told if text is not None]
+                yield entry, told
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f'line {number} is not like {{"file": "1.png", "captions": ["a boat"]}}') from None
+            example = '{"file": "1.png", "captions": ["a boat"]}'
+            raise ValueError(f"line {number} is not like {example}") from None
 
 
 def coco_captions(path):
@@ -564,7 +563,7 @@ def coco_captions(path):
         for image in content["images"]:
             number, file = image["id"], normal(image["file_name"])
             if number in files or file in told:
-                raise ValueError(f"image {number} is given twice, as {files.get(number, file)!r} and {file!r}")
+                raise ValueError(f"image {number} is there twice: {files.get(number, file)!r} and {file!r}")
             files[number], told[file] = file, []
         for i, annotation in enumerate(content["annotations"]):
             number, text = annotation["image_id"], annotation["caption"]
@@ -581,9 +580,9 @@ def coco_captions(path):
 
 
 def listed_captions(files, root=None):
-    """{path below the source: captions} of the bytes of captions.jsonl files; several lines of one image add up.
+    """{path below the source: captions} of captions.jsonl files, {name: bytes}; lines of one image add up.
 
-    Paths are relative to the file that names them; in one outside the source (root: where that is), also to the source.
+    Paths are relative to the file that names them; in one from outside (root: the source), also to root.
     """
     told = {}
     for name, data in files.items():
@@ -602,7 +601,7 @@ def listed_captions(files, root=None):
 
 
 def texts_beside(read, names, images):
-    """{image: captions} of .txt files beside images of the same name, a line a caption; numbers, as of boxes, are none."""
+    """{image: captions} of .txt beside images of the same name, a line a caption; not boxes, not numbers."""
     stems, told, broken = defaultdict(list), {}, []
     for image in images:
         stems[os.path.splitext(normal(image))[0]].append(normal(image))
@@ -631,103 +630,113 @@ def lines_of(text):
 def pair(entries, images):
     """({entry: image}, how many of them by file name alone) of paths in captions and in the source.
 
-    By path, below the folders that wrap all of either; else by file name, where it is unique in both. ValueError
-    where one of two could be meant.
+    By path, below the folders that wrap all of either; else by file name, where it is unique in both.
+    ValueError where one of two could be meant.
     """
-    spelled, ours, theirs = {}, defaultdict(list), defaultdict(list)
+    spelled = {}
     for image in images:
         if spelled.setdefault(normal(image), image) != image:
-            raise ValueError(f"{spelled[normal(image)]!r} and {image!r} are the same path to a captions' file")
+            raise ValueError(f"{spelled[normal(image)]!r} and {image!r} are one path, spelled twice")
 
     def below(paths, depth):
         return {path.split("/", depth)[depth]: path for path in paths}
-    depths = [len(os.path.commonprefix([path.split("/")[:-1] for path in paths])) for paths in (entries, spelled)]
-    ways = [(below(entries, i), below(spelled, k)) for i in range(depths[0] + 1) for k in range(depths[1] + 1)]
+
+    def depths(paths):
+        return range(1 + len(os.path.commonprefix([path.split("/")[:-1] for path in paths])))
+
+    def by_name(paths):
+        names = defaultdict(list)
+        for path in paths:
+            names[os.path.basename(path)].append(path)
+        return names
+    ways = [(below(entries, i), below(spelled, k)) for i in depths(entries) for k in depths(spelled)]
     named, there = max(ways, key=lambda way: len(way[0].keys() & way[1].keys()))
     pairs = {named[path]: spelled[there[path]] for path in named.keys() & there.keys()}
-    settled = {os.path.basename(path) for path in pairs}
-    for paths, by_name in ((entries, ours), (spelled, theirs)):
-        for path in paths:
-            by_name[os.path.basename(path)].append(path)
-    alone = sorted((ours.keys() & theirs.keys()) - settled)
+    ours, theirs = by_name(entries), by_name(spelled)
+    alone = sorted((ours.keys() & theirs.keys()) - by_name(pairs).keys())
     for name in alone:
         few, many = sorted((ours[name], theirs[name]), key=len)
         if len(many) > 1:
-            raise ValueError(f"{few[0]!r} could be {many[0]!r} as well as {many[1]!r}: captions must name paths")
+            raise ValueError(f"{few[0]!r} could be {many[0]!r} or {many[1]!r}: captions must name paths")
         pairs[ours[name][0]] = spelled[theirs[name][0]]
     return pairs, len(alone)
 
 
+def read_captions(args, read, names, images):
+    """(where captions were found, {path: captions}, [(name, label)] of what is left out)."""
+    wanted, left = args.captions, []
+    found = [name for name in names if os.path.basename(normal(name)).lower() == "captions.jsonl"]
+    where = os.path.join(args.root, found[0]) if found else f"the .txt beside the images of {args.root}"
+    where += f" and {len(found) - 1} more" if len(found) > 1 else ""
+    if args.source == "coco":
+        where, (told, left) = wanted, coco_captions(wanted)
+    elif wanted not in (None, "inside"):
+        where, data = wanted, Path(wanted).read_bytes()
+        told = listed_captions({wanted: data}, os.path.realpath(args.root))
+    elif found:
+        told = listed_captions({name: read_member(read, names[name]) for name in found})
+    else:
+        told = texts_beside(read, names, images)
+    return where, told, left
+
+
 def find_captions(args, read, names, images):
-    """({image: captions} or None, [(name, label)] of what is left out); says what it takes for captions."""
-    root, wanted, left = Path(args.root), args.captions, []
-    outside = wanted not in (None, "none", "inside")
-    inside = [name for name in names if os.path.basename(normal(name)).lower() == "captions.jsonl"]
-    where = wanted if outside else f"{root / inside[0]}" if inside else f"the .txt beside the images of {root}"
-    where += f" and {len(inside) - 1} more" if len(inside) > 1 and not outside else ""
-    if wanted == "none":
+    """({image: [captions]} or None, [(name, label)] of what is left out); says what it takes for captions."""
+    if args.captions == "none":
         return None, []
     try:
-        if args.source == "coco":
-            told, left = coco_captions(wanted)
-        elif outside:
-            told = listed_captions({wanted: Path(wanted).read_bytes()}, root.resolve())
-        elif inside:
-            told = listed_captions({name: read_member(read, names[name]) for name in inside})
-        else:
-            told = texts_beside(read, names, images)
+        where, told, left = read_captions(args, read, names, images)
         pairs, by_name = pair(told, images)
     except (OSError, ValueError) as error:
-        reason = f"{wanted}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        fail(f"captions of --root {root}: {reason}" if not outside else f"--captions {reason.removeprefix(wanted)}")
+        option = f"--captions {args.captions}" if args.captions else f"captions of --root {args.root}"
+        fail(f"{option}: {error.strerror if isinstance(error, OSError) else error}")
     captions = {image: [text for text in told[entry] if words_of(text)] for entry, image in pairs.items()}
     captions = {image: texts for image, texts in captions.items() if texts}
-    if wanted and not captions:
-        fail(f"--captions {wanted}: no caption of any image"
-             + (f"; the first is of {next(iter(told))!r}, an image is {images[0]!r}" if told else ""))
-    if not wanted and 2 * len(captions) < len(images):
-        beside = root.resolve().parent / "captions.jsonl"
-        if told:
-            say(f"captions: none; {where}: of {len(captions)} of {len(images)} images (--captions inside takes them)")
-        elif beside.exists():
-            say(f"captions: none; {beside} lies outside --root: --captions takes it")
+    few = 2 * len(captions) < len(images) and not args.captions
+    beside = Path(args.root).resolve().parent / "captions.jsonl"
+    if few and told:
+        say(f"captions: none; {where}: only {len(captions)} of {len(images)} images (see --captions inside)")
+    elif few and beside.exists():
+        say(f"captions: none; {beside} lies outside --root (--captions takes it)")
+    if few:
         return None, []
-    count = sum(map(len, captions.values()))
-    if captions:
-        say(f"captions: {count:,} from {where}, {count / len(captions):.1f} an image"
-            + (f", {by_name:,} images found by file name alone" if by_name else "")
-            + (f"; {len(told) - len(pairs):,} of the images named are not there" if len(told) > len(pairs) else ""))
+    if not captions:
+        first = f"; the first is of {next(iter(told))!r}, an image is {images[0]!r}" if told else ""
+        fail(f"--captions {args.captions}: no caption of any image{first}")
+    count, gone = sum(map(len, captions.values())), len(told) - len(pairs)
+    say(f"captions: {count:,} from {where}, {count / len(captions):.1f} an image"
+        + (f", {by_name:,} images found by file name alone" if by_name else "")
+        + (f"; {gone:,} of the images that it names are not there" if gone else ""))
     return captions, left
 
 
-APOSTROPHES = dict.fromkeys("'\u2018\u2019\u02bc\uff07", "'")
-# scripts without spaces, and a letter of them with its marks: Thai, Lao, Myanmar, Khmer, kana, Han
-UNSPACED = (r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff"
-            r"\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
+# a letter of a script without spaces: Thai, Lao, Myanmar, Khmer, kana, Han
+UNSPACED = (r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+            r"\u3400-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
 LETTER = rf"(?!{UNSPACED})\w[^\w\s']*"
 WORD = re.compile(rf"{UNSPACED}[^\w\s']*|(?:{LETTER})+(?:'(?:{LETTER})+)?")
 
 
 @functools.cache
 def sign(c):
-    """What a character is to words_of: letters, digits and marks stay, format characters go, the rest are gaps."""
+    """A character as words_of sees it: letters, digits, marks stay, format characters go, others are gaps."""
     kind = unicodedata.category(c)
-    if c in APOSTROPHES:
+    if c in "'\u2018\u2019\u02bc\uff07":
         return "'"
-    if kind == "Cf" and c != "\u200b" or "\ufe00" <= c <= "\ufe0f":  # joiners, soft hyphens; how an emoji looks
+    if kind == "Cf" and c != "\u200b" or "\ufe00" <= c <= "\ufe0f":  # joiners; whether a sign is an emoji
         return ""
     return c if c.isalnum() or kind[0] == "M" else " "
 
 
 def words_of(caption):
-    """Lower-cased words and numbers, NFC, with their marks; of scripts without spaces, each letter with its marks."""
+    """Words and numbers of a text, lower-cased, NFC, with their marks; of scripts without spaces letters."""
     text = unicodedata.normalize("NFC", caption.lower())
     return WORD.findall("".join(map(sign, text)))
 
 
 def tokenize(captions, max_words=MAX_WORDS):
-    """N lists of captions -> (tokens (N, K, L) int32, 0 = padding; vocabulary, most frequent word first; how many
-    captions were cut; how many words are beyond the vocabulary)."""
+    """N lists of captions -> (tokens (N, K, L) int32, 0 = padding; vocabulary, most frequent word first;
+    how many captions were cut; how many words are beyond the vocabulary)."""
     split = [[words_of(c) for c in per_image] for per_image in captions]
     cut = sum(len(words) > max_words for per_image in split for words in per_image)
     split = [[words[:max_words] for words in per_image] for per_image in split]
@@ -750,10 +759,11 @@ def load_text_encoder(name):
     except ImportError:
         fail("--text-encoder needs a package: pip install sentence-transformers")
     except Exception as error:  # each hub and file fails in its own way
-        fail(f"--text-encoder {name}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"--text-encoder {name}: cannot be loaded ({reason})")
 
 
-# ---- one picture ---------------------------------------------------------------------------------------------
+# ---- one picture -------------------------------------------------------------------------------------------
 
 def draw_shape(index, size, seed):
     """Picture number `index` of the embedded set: (RGB image of size × size, class name, attributes)."""
@@ -772,15 +782,15 @@ def draw_shape(index, size, seed):
         corners = {"square": 4, "triangle": 3, "star": 10}[shape]
         turn = rng.uniform(-0.2, 0.2) + (math.pi / 4 if shape == "square" else 0) - math.pi / 2
         radii = [radius * (0.45 if shape == "star" and k % 2 else 1.0) for k in range(corners)]
-        draw.polygon([(x + r * math.cos(turn + 2 * math.pi * k / corners),
-                       y + r * math.sin(turn + 2 * math.pi * k / corners)) for k, r in enumerate(radii)], fill=fill)
+        angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
+        draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(radii, angles)], fill=fill)
     attributes = {"shape": shape, "colour": colour, "background": background, "size": scale}
     return image.reduce(4), f"{colour} {shape}", attributes
 
 
 @functools.lru_cache(64)
 def colours_of(profile):
-    """(Pillow mode, transform from it to sRGB) of an ICC profile (bytes); (None, None) for sRGB, or what is no profile."""
+    """(Pillow mode, transform from it to sRGB) of an ICC profile (bytes); (None, None): sRGB, or damaged."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
@@ -789,14 +799,14 @@ def colours_of(profile):
         return None, None
     if mode != "CMYK":  # sRGB under any name changes nothing but by rounding
         colours = np.array(list(itertools.product(range(0, 256, 15), repeat=len(mode))), np.uint8)
-        probe = ImageCms.applyTransform(Image.frombytes(mode, (len(colours), 1), colours.tobytes()), transform)
-        if np.abs(np.asarray(probe)[0].astype(int) - colours).max() <= 2:
+        seen = ImageCms.applyTransform(Image.frombytes(mode, (len(colours), 1), colours.tobytes()), transform)
+        if np.abs(np.asarray(seen)[0].astype(int) - colours).max() <= 2:
             return None, None
     return mode, transform
 
 
 def gray_of(image):
-    """A picture of floats, 16 or 32 bits -> mode L by the range that its kind declares; ValueError outside of it."""
+    """A picture of floats, 16 or 32 bits -> mode L by the range that it declares; else ValueError."""
     tags, pixels = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.float32)
     bits, signed = tags.get(258, (16,))[0], tags.get(339, (1,))[0] == 2
     low, high = tags.get(340), tags.get(341)  # TIFF's own words for the range
@@ -806,9 +816,9 @@ def gray_of(image):
         low, high = 0, 1 if image.mode == "F" else 2 ** bits - 1
     low, high = (float(np.ravel(value)[0]) for value in (low, high))
     if not (low < high and ((low <= pixels) & (pixels <= high)).all()):  # NaN is nowhere
-        raise ValueError(f"values from {pixels.min():g} to {pixels.max():g}, where {low:g} is black, {high:g} white")
+        raise ValueError(f"values from {pixels.min():g} to {pixels.max():g}, not {low:g} (black) to {high:g}")
     pixels = ((pixels - low) * (255 / (high - low))).round().astype(np.uint8)
-    return Image.fromarray(255 - pixels if tags.get(262) == 0 else pixels)  # 0: white is zero, which Pillow ignores
+    return Image.fromarray(255 - pixels if tags.get(262) == 0 else pixels)  # white is 0: left to us
 
 
 def open_picture(file):
@@ -820,8 +830,8 @@ def open_picture(file):
 def read_picture(file, background="white", reduce=1):
     """A picture as a viewer shows it: upright, opaque, sRGB; a Pillow image of mode L or RGB.
 
-    file: a path, an open file or what open_picture gives; background: the colour under transparent pixels; reduce:
-    how many times smaller a JPEG may be decoded. Raises what decoders raise; ValueError for values without a range.
+    file: a path, an open file or what open_picture gives; background: the colour under transparent pixels;
+    reduce: how many times smaller a JPEG may be decoded. Raises what decoders raise, and ValueError.
     """
     image = file if isinstance(file, Image.Image) else open_picture(file)
     profile = image.info.get("icc_profile")
@@ -832,14 +842,19 @@ def read_picture(file, background="white", reduce=1):
         image = gray_of(image)
     clear = image.convert("RGBA") if image.has_transparency_data else None
     mode, transform = colours_of(profile) if profile else (None, None)
-    if mode and {"L": image.mode in ("1", "L", "LA"), "RGB": image.mode != "CMYK", "CMYK": image.mode == "CMYK"}[mode]:
+    gray, inks = image.mode in ("1", "L", "LA"), image.mode == "CMYK"
+    if mode == "L" and gray or mode == "CMYK" and inks or mode == "RGB" and not inks:  # else not of this
         image = ImageCms.applyTransform(image.convert(mode), transform)
         if clear:
             image.putalpha(clear.getchannel("A"))
             clear = image
     if clear:
         image = Image.alpha_composite(Image.new("RGBA", clear.size, background), clear)
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    return in_mode(image, "L" if image.mode in ("1", "L") else "RGB")
+
+
+def in_mode(image, mode):
+    return image if image.mode == mode else image.convert(mode)
 
 
 def to_pixels(image, size, channels, crop, background):
@@ -848,9 +863,9 @@ def to_pixels(image, size, channels, crop, background):
     crop: side in pixels of the square that is kept; None keeps the largest.
     """
     side, before = min(*image.size, crop or sys.maxsize), max(image.size)
-    image = read_picture(image, background, side / (2 * size))  # twice the target: as fine as from a whole decoding
+    image = read_picture(image, background, side / (3 * size))  # finer: it shows beside a whole decoding
     side = max(1, round(side * max(image.size) / before))
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = in_mode(image, "L" if channels == 1 else "RGB")
     left, top = (image.width - side) / 2, (image.height - side) / 2
     if image.size != (size, size) or side != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
@@ -858,7 +873,7 @@ def to_pixels(image, size, channels, crop, background):
 
 
 def decode(items, args):
-    """Worker: a list of Items -> a list of (pixels or None, name, label, captions, attributes, why it was skipped)."""
+    """Worker: a list of Items -> a list of (pixels or None, name, label, captions, attributes, reason)."""
     warnings.simplefilter("ignore")  # Pillow warns of half-bombs and odd EXIF; what matters raises
     results = []
     for name, payload, label, captions in items:
@@ -903,15 +918,15 @@ def decode_all(items, args):
                 yield from window.popleft().result()
         except BrokenProcessPool:
             if not stopped:  # by a signal to all
-                fail(f"a decoding process was killed, as the system does when memory is short: call again with "
-                     f"fewer --workers ({args.workers} here)", status=1)
+                fail("a decoding process was killed, as systems do for want of memory: call again with fewer "
+                     f"--workers ({args.workers} here)", status=1)
         finally:
             pool.shutdown(cancel_futures=True)
             on_signals(leave)
     leave_if_stopped()
 
 
-# ---- DATA ----------------------------------------------------------------------------------------------------
+# ---- DATA --------------------------------------------------------------------------------------------------
 
 def leave(number, frame=None):
     sys.exit(128 + number)
@@ -929,15 +944,16 @@ def on_signals(handler):
 
 
 def write_images(results, total, path, args, digest):
-    """Append pictures to images.npy as they come -> (labels, lines of captions.jsonl, [{file, reason}] skipped)."""
+    """Append pictures to images.npy as they come -> (labels, lines of captions.jsonl, what was skipped)."""
     labels, texts, skipped = [], [], []
     with open(path, "wb") as file:
         def header(count):  # numpy pads its header so that the first axis can grow in place
             shape = (count, args.size, args.size, args.channels)
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            array = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, array)
         header(0)
-        start = file.tell()
-        for pixels, name, label, captions, attributes, reason in tqdm(results, total=total, unit="img", disable=None):
+        start, results = file.tell(), tqdm(results, total=total, unit="img", disable=None)
+        for pixels, name, label, captions, attributes, reason in results:
             leave_if_stopped()
             if pixels is None:
                 if args.strict:
@@ -957,7 +973,7 @@ def write_images(results, total, path, args, digest):
 
 
 def write_arrays(results, total, left, folder, args, text_encoder):
-    """images.npy, then labels and captions; returns meta.json's content. left: [(name, label)] by the listing."""
+    """images.npy, then labels and captions; returns meta.json's content. left: what the listing left out."""
     digest, meta = hashlib.sha256(), left_out(left)
     if args.strict and meta["skipped"]:
         fail("{file!r}: {reason} (--strict)".format(**meta["skipped"][0]))
@@ -967,8 +983,8 @@ def write_arrays(results, total, left, folder, args, text_encoder):
         fail(f"{f'--root {args.root}' if args.root else args.source}: not one usable image"
              + (f"; the first of {len(skipped)} skipped: {skipped[0]['file']!r}: {skipped[0]['reason']}"
                 if skipped else f" (looked for {' '.join(sorted(EXTENSIONS))})"))
-    meta |= {"name": args.source, "count": len(labels), "size": args.size, "channels": args.channels, "classes": None,
-             "vocabulary": None, "text_encoder": None}
+    meta |= {"name": args.source, "count": len(labels), "size": args.size, "channels": args.channels,
+             "classes": None, "vocabulary": None, "text_encoder": None}
     if all(label is not None for label in labels):
         meta["classes"] = sorted(set(labels), key=lambda c: (len(c), c) if c.isdigit() else (0, c))
         index = {c: i for i, c in enumerate(meta["classes"])}
@@ -998,13 +1014,13 @@ def left_out(left):
                         for name, label in named[:MAX_NAMED]]}
 
 
-# ---- texts without images ------------------------------------------------------------------------------------
+# ---- texts without images ----------------------------------------------------------------------------------
 
 ORACLE = {"vocabulary": 5000, "length": 20, "hidden": 32}  # Yu et al. 2017
 
 
 def read_texts(args):
-    """(the texts of --root, one a line or, in .jsonl, a caption each; [(name, label)] of what is left out)."""
+    """(the texts of --root, a line each or, in .jsonl, a caption each; [(name, label)] of the rest)."""
     root, texts = Path(args.root), []
     read, names, left = open_file, {root.name: root}, []
     readable = root.is_file() and os.access(root, os.R_OK)  # is_tarfile raises where it may not read
@@ -1041,13 +1057,15 @@ def write_texts(args, folder):
     cut, split = sum(len(text) > length for text in split), [text[:length] for text in split if text]
     different = sorted(set(split))
     if len(different) < 20 or length < 2:
-        fail(f"--root {args.root}: {len(different)} different texts of up to {length} tokens; it takes 20 of 2 or more")
+        fail(f"--root {args.root}: {len(different)} different texts of up to {length} tokens; it takes 20, "
+             "of 2 or more")
     held = random.Random(args.seed).sample(different, len(different) // 10)
     counts = Counter(token for text in split for token in text)
     vocabulary = ["", "<unk>"] + [token for token, _ in counts.most_common(MAX_VOCABULARY - 2)]
     index = {token: i for i, token in enumerate(vocabulary)}
-    if args.level == "word" and 2 * sum(n for token, n in counts.items() if re.match(UNSPACED, token)) > counts.total():
-        say("note: most of these texts are in a script without spaces, each sign taken for a word: use --level char")
+    unspaced = sum(n for token, n in counts.items() if re.match(UNSPACED, token))
+    if args.level == "word" and 2 * unspaced > counts.total():
+        say("note: these texts are in a script without spaces, each letter becomes a word: use --level char")
 
     def to_ids(texts):
         ids = np.zeros((len(texts), length), np.int32)
@@ -1065,7 +1083,8 @@ def write_oracle(args, folder):
     import torch
     torch.manual_seed(args.seed)
     n, length, hidden = ORACLE["vocabulary"], args.length or ORACLE["length"], ORACLE["hidden"]
-    oracle = torch.nn.ModuleDict({"embed": torch.nn.Embedding(n + 1, hidden), "cell": torch.nn.LSTMCell(hidden, hidden),
+    oracle = torch.nn.ModuleDict({"embed": torch.nn.Embedding(n + 1, hidden),
+                                  "cell": torch.nn.LSTMCell(hidden, hidden),
                                   "logits": torch.nn.Linear(hidden, n)})
     for parameter in oracle.parameters():
         torch.nn.init.normal_(parameter)
@@ -1087,9 +1106,10 @@ def save_texts(args, folder, tokens, held_out, vocabulary, cut):
     digest = hashlib.sha256()
     for name, array in (("tokens", tokens), ("held_out", held_out)):
         save_array(folder / f"{name}.npy", array, digest)
-    return {"name": "oracle" if args.synthetic_oracle else "text", "count": len(tokens), "held_out": len(held_out),
-            "length": tokens.shape[1], "level": args.level, "size": None, "channels": None, "classes": None,
-            "vocabulary": vocabulary, "cut": cut, "fingerprint": digest.hexdigest()}
+    return {"name": "oracle" if args.synthetic_oracle else "text", "count": len(tokens),
+            "length": tokens.shape[1], "held_out": len(held_out), "level": args.level,
+            "size": None, "channels": None, "classes": None, "vocabulary": vocabulary, "cut": cut,
+            "fingerprint": digest.hexdigest()}
 
 
 def save_array(path, array, digest):
@@ -1113,7 +1133,7 @@ def alive(pid):
 def source_options(args):
     """The options that decide what DATA holds, paths in one spelling."""
     options = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "strict")}
-    return options | {k: os.path.realpath(v) for k, v in options.items() if k in PATHS and os.path.exists(v or "")}
+    return options | {k: os.path.realpath(options[k]) for k in PATHS if os.path.exists(options[k] or "")}
 
 
 def cores():
@@ -1123,43 +1143,45 @@ def cores():
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("source", choices=["shapes", *TORCHVISION, "folder", "coco", "text"], help="shapes: drawn "
-                        "here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: the same with "
-                        "COCO's captions; text: sentences without images")
+    parser.add_argument("source", choices=["shapes", *TORCHVISION, "folder", "coco", "text"], help="shapes: "
+                        "drawn here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: "
+                        "the same with COCO's captions; text: sentences without images")
     files = "source folder or coco"
     add = parser.group("data")
     add("--out", required=True, metavar="DATA", help="folder to make")
-    add("--root", metavar="SOURCE", excludes="source shapes", help="folder: where the images are; text: a .txt, a "
-        "line a text, a captions.jsonl, or a folder or archive of these; torchvision's sets: where they are or are "
-        "downloaded to (then default: downloads)")
-    add("--num", type=within(1, kind=int), help="shapes: how many to draw (default 10000); else: the first so many")
+    add("--root", metavar="SOURCE", excludes="source shapes", help="folder: where the images are; text: a "
+        ".txt, a line a text, a captions.jsonl, or a folder or archive of these; torchvision's sets: where they "
+        "are or are downloaded to (then default: downloads)")
+    add("--num", type=within(1, kind=int), help="shapes: how many to draw (default 10000); else: the first "
+        "so many")
     add("--seed", type=within(0, kind=int), default=0, needs="source shapes or text", help="which shapes are "
         "drawn, which texts are held out")
     add = parser.group("images", excludes=["source text"])
     add("--size", type=within(1, kind=int), default=64, help="side of the images made, pixels")
     add("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: 1 for the MNISTs, else 3)")
-    add("--crop", type=within(1, kind=int), metavar="PIXELS", help="side of the centred square kept, in pixels of "
-        "the source (default: the largest)")
+    add("--crop", type=within(1, kind=int), metavar="PIXELS", help="side of the centred square kept, in "
+        "pixels of the source (default: the largest)")
     add("--background", default="white", help="colour under transparent pixels: a name or #rrggbb")
-    add("--strict", action="store_true", help="an image, file or folder that cannot be used is an error, not skipped")
-    add("--classes", choices=["folders", "none"], needs="source folder", help="whether the first folders are classes "
-        "(default: they are, unless more images lie beside them than a class has)")
-    add("--captions", metavar="FILE", needs=files, help="coco: captions_train2017.json or its like; folder: a "
-        "captions.jsonl, or none, or inside: captions.jsonl or .txt among the images (default: those, if they are "
-        "of half of the images or more)")
-    add("--max-words", type=within(1, kind=int), needs=f"{files} or shapes", help="words of a caption that are kept "
-        f"(default: {MAX_WORDS})")
-    add("--text-encoder", metavar="NAME", needs=f"{files} or shapes", help="a sentence-transformers model, by name "
-        "or folder, whose embeddings of the captions are what the networks are told")
+    add("--strict", action="store_true", help="a file or folder that cannot be used is an error, not skipped")
+    add("--classes", choices=["folders", "none"], needs="source folder", help="whether the first folders are "
+        "classes (default: they are, unless more images lie beside them than the smallest class has)")
+    add("--captions", metavar="FILE", needs=files, help="coco: captions_train2017.json or its like; folder: "
+        "a captions.jsonl, or none, or inside: captions.jsonl or .txt among the images (default: those, where "
+        "half of the images have them)")
+    add("--max-words", type=within(1, kind=int), needs=f"{files} or shapes", help="words of a caption that "
+        f"are kept (default: {MAX_WORDS})")
+    add("--text-encoder", metavar="NAME", needs=f"{files} or shapes", help="a sentence-transformers model, "
+        "by name or folder, whose embeddings of the captions are what the networks are told")
     add = parser.group("texts", needs=["source text"])
     add("--level", choices=["word", "char"], default="word", help="what a token is")
-    add("--length", type=within(1, kind=int), help="tokens a text; longer ones are cut (default: the longest text's, "
-        "at most 32 words or 128 characters)")
-    add("--synthetic-oracle", action="store_true", excludes=["--root", "--level char"], help="draw --num texts of 20 "
-        "tokens from a fixed random LSTM over 5000, under which the likelihood of any text is known (SeqGAN's "
-        "benchmark)")
+    add("--length", type=within(1, kind=int), help="tokens a text; longer ones are cut (default: the longest "
+        "text's, at most 32 words or 128 characters)")
+    add("--synthetic-oracle", action="store_true", excludes=["--root", "--level char"], help="draw --num "
+        "texts of 20 tokens from a fixed random LSTM over 5000, under which the likelihood of any text is known "
+        "(SeqGAN's benchmark)")
     add = parser.group("speed")
-    add("--workers", type=within(1, kind=int), default=cores(), excludes="source text", help="decoding processes")
+    add("--workers", type=within(1, kind=int), default=cores(), excludes="source text", help="decoding "
+        "processes")
     args = parser.parse_args(argv)
     args.channels = args.channels or (1 if "mnist" in args.source else 3)
     check(args)
@@ -1175,7 +1197,8 @@ def check(args):
     if not args.out:
         fail("--out is empty: name the folder to make")
     if args.source in ("folder", "coco", "text") and args.root is None and not args.synthetic_oracle:
-        fail(f"--root is missing: the {'file of texts' if args.source == 'text' else 'folder or archive of images'}")
+        what = "file of texts" if args.source == "text" else "folder or archive of images"
+        fail(f"--root is missing: the {what}")
     if args.source == "coco" and args.captions in (None, "none", "inside"):
         fail("--captions is missing: the JSON file of COCO's captions")
     for name in PATHS if args.source in ("folder", "coco") else ():
@@ -1197,7 +1220,7 @@ def already(args, out, state):
     there.verify()
     what = f"{there.meta['count']} {'texts' if args.source == 'text' else 'images'}"
     if state and not same and "source_state" in there.meta:
-        return say(f"note: {args.root} has changed since {out} was made from it ({what}): delete {out} to make it anew")
+        return say(f"note: {args.root} is not as {out} was made of it ({what}): delete that to make it anew")
     say(f"{out} is already prepared: {what}")
 
 
@@ -1242,22 +1265,29 @@ def main():
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         fail(f"--out {out} exists and is not a data folder: choose another --out")
     meta = make(args, out)
-    skipped = meta.get("skipped", ())
+    report(args, meta)
+
+
+def report(args, meta):
+    """What was made, and what was left out of it."""
+    text, skipped = args.source == "text", meta.get("skipped", ())
     for entry in skipped[:5]:
         say(f"skipped {entry['file']!r}: {entry['reason']}")
-    left = meta.get("left_out", {}) | (meta.get("other_files", {}) if args.source == "text" else {})
+    left = meta.get("left_out", {}) | (meta.get("other_files", {}) if text else {})
     if left:
-        say("left out: " + ", ".join(f"{n:,} {label}{'s' * (n > 1 and label[0] != '.')}" for label, n in left.items()))
+        counts = [f"{n:,} {label}{'s' * (n > 1 and label[0] != '.')}" for label, n in left.items()]
+        say(f"left out: {', '.join(counts)}")
     if meta.get("rare"):
         say(f"{meta['rare']:,} rarer words are <unk>: the vocabulary holds {MAX_VOCABULARY:,}")
-    if meta.get("cut") and meta["size"]:
-        say(f"{meta['cut']:,} captions were cut to {args.max_words or MAX_WORDS} words (--max-words)")
     what = f"images of {args.size}×{args.size}×{args.channels}"
-    if args.source == "text":
-        what = (f"texts of {meta['length']} tokens out of {len(meta['vocabulary'])}, {meta['held_out']} others held "
-                f"out; {meta['cut']} were cut")
-    say(f"{out}: {meta['count']} {what}" + (f", {len(meta['classes'])} classes" if meta["classes"] else "")
-        + (f", {len(skipped)} skipped (named in meta.json)" if skipped else ""))
+    if text:
+        what = (f"texts of {meta['length']} tokens out of {len(meta['vocabulary'])}, {meta['held_out']} "
+                f"others held out; {meta['cut']} were cut")
+    elif meta.get("cut"):
+        say(f"{meta['cut']:,} captions were cut to {args.max_words or MAX_WORDS} words (--max-words)")
+    what += f", {len(meta['classes'])} classes" if meta["classes"] else ""
+    what += f", {len(skipped)} skipped (named in meta.json)" if skipped else ""
+    say(f"{args.out}: {meta['count']} {what}")
 
 
 if __name__ == "__main__":
