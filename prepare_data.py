@@ -52,7 +52,8 @@ ACCOMPANYING = set(""".cfg .csv .db .ds_store .html .ini .ipynb .json .jsonl .lo
     .npz .parquet .pkl .pt .pth .py .sh .toml .tsv .txt .url .xml .yaml .yml license readme""".split())
 REASONS = {"uncaptioned image": "no caption", "stray image": "lies beside the folders that are the classes",
            "repeated folder": "read under another name", "special file": "a pipe, a socket or a device",
-           "repeated name": "a later member of the archive has it"}  # of other labels: "LABEL is not read"
+           "repeated name": "a later member of the archive has it",
+           "null caption": "null is no caption"}  # of other labels: "LABEL is not read"
 MAX_NAMED = 20_000  # files left out by the listing that meta.json names; beyond, they are counted
 MAX_FILE_BYTES = 1 << 29  # a zip member larger than this is a bomb, not a picture or a text
 MAX_WORDS, MAX_VOCABULARY = 32, 10_000  # of a caption; of all, the others become <unk>
@@ -630,7 +631,7 @@ def lines_of(text):
 def pair(entries, images):
     """({entry: image}, how many of them by file name alone) of paths in captions and in the source.
 
-    By path, below the folders that wrap all of either; else by file name, where it is unique in both.
+    By path, below folders that wrap all of one side; else by file name, where it is unique in both.
     ValueError where one of two could be meant.
     """
     spelled = {}
@@ -649,7 +650,8 @@ def pair(entries, images):
         for path in paths:
             names[os.path.basename(path)].append(path)
         return names
-    ways = [(below(entries, i), below(spelled, k)) for i in depths(entries) for k in depths(spelled)]
+    ways = [(below(entries, depth), below(spelled, 0)) for depth in depths(entries)]
+    ways += [(below(entries, 0), below(spelled, depth)) for depth in depths(spelled)]
     named, there = max(ways, key=lambda way: len(way[0].keys() & way[1].keys()))
     pairs = {named[path]: spelled[there[path]] for path in named.keys() & there.keys()}
     ours, theirs = by_name(entries), by_name(spelled)
