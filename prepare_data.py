@@ -506,15 +506,14 @@ def read_member(read, member):
 
 
 def source_state(args):
-    """A hash of the names and sizes of the source's files, of an archive its size; None where it has none."""
+    """A hash of the names, sizes and times of the files that the source is; None where it is none."""
     if args.source not in ("folder", "coco", "text") or not args.root:
         return None
     digest = hashlib.sha256()
-    for path in (args.root, args.captions):
-        files = list_folder(path)[0] if os.path.isdir(path or "") else {"": path}
-        for name, file in sorted(files.items()):
-            size = os.path.getsize(file) if os.path.isfile(file or "") else None
-            digest.update(f"{normal(name)!a} {size}\n".encode())
+    for path in (args.root, args.captions or ""):
+        for name, file in sorted((list_folder(path)[0] if os.path.isdir(path) else {"": path}).items()):
+            with contextlib.suppress(OSError):  # reading it will say so
+                digest.update(f"{name!a} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -903,7 +902,8 @@ def decode(items, args):
 def die_by_signals():
     """In a worker: the parent's Ctrl-C is the parent's business, and what ends a worker ends it at once."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def decode_all(items, args):
@@ -1100,7 +1100,8 @@ def write_oracle(args, folder):
             drawn.append(token)
     ids = torch.stack(drawn, 1).numpy().astype(np.int32)
     torch.save(oracle.state_dict(), folder / "oracle.pt")
-    return save_texts(args, folder, ids[:count], ids[count:], [""] + [f"w{i}" for i in range(1, n + 1)], 0)
+    words = [""] + [f"w{i}" for i in range(1, n + 1)]
+    return left_out([]) | save_texts(args, folder, ids[:count], ids[count:], words, 0)
 
 
 def save_texts(args, folder, tokens, held_out, vocabulary, cut):
@@ -1226,9 +1227,8 @@ def already(args, out, state):
     say(f"{out} is already prepared: {what}")
 
 
-def make(args, out):
-    """Build DATA beside its place and rename it there; returns its meta."""
-    total, items, left = 0, (), []
+def make(args, out, state):
+    """Build DATA beside its place and rename it there; returns its meta. state: that of the source."""
     if args.source != "text":
         total, items, left = (shapes_source if args.source == "shapes" else torchvision_source
                               if args.source in TORCHVISION else folder_source)(args)
@@ -1244,16 +1244,10 @@ def make(args, out):
             meta = (write_oracle if args.synthetic_oracle else write_texts)(args, partial)
         else:
             meta = write_arrays(decode_all(items, args), total, left, partial, args, text_encoder)
-        meta |= {"source": source_options(args), "source_state": source_state(args)}
+        meta |= {"source": source_options(args), "source_state": state}
         write_json(partial / "meta.json", meta)
         os.rename(partial, out)
         return meta
-    except OSError as error:  # a full disk, a folder that may not be written
-        if (out / "meta.json").exists():
-            fail(f"--out {out} was made by another process meanwhile: call again to compare the options")
-        fail(f"{error.strerror or error}: {error.filename or out}", status=1)
-    except MemoryError as error:
-        fail(f"not enough memory ({error})", status=1)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -1261,21 +1255,28 @@ def make(args, out):
 def main():
     args = parse_args()
     on_signals(leave)
-    out = Path(os.path.realpath(args.out))  # a link to a folder is that folder
-    if os.path.exists(out / "meta.json"):
-        return already(args, out, source_state(args))
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        fail(f"--out {out} exists and is not a data folder: choose another --out")
-    meta = make(args, out)
-    report(args, meta)
+    out, state = Path(os.path.realpath(args.out)), source_state(args)  # a link to a folder is that folder
+    there = os.path.exists(out / "meta.json")
+    try:
+        if there:
+            return already(args, out, state)
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            fail(f"--out {out} exists and is not a data folder: choose another --out")
+        report(args, make(args, out, state))
+    except OSError as error:  # a full disk, a folder that may not be written
+        if not there and os.path.exists(out / "meta.json"):
+            fail(f"--out {out} was made by another process meanwhile: call again to compare the options")
+        fail(f"{error.strerror or error}: {error.filename or out}", status=1)
+    except MemoryError as error:
+        fail(f"not enough memory ({error})", status=1)
 
 
 def report(args, meta):
     """What was made, and what was left out of it."""
-    text, skipped = args.source == "text", meta.get("skipped", ())
+    text, skipped = args.source == "text", meta["skipped"]
     for entry in skipped[:5]:
         say(f"skipped {entry['file']!r}: {entry['reason']}")
-    left = meta.get("left_out", {}) | (meta.get("other_files", {}) if text else {})
+    left = meta["left_out"] | (meta["other_files"] if text else {})
     if left:
         counts = [f"{n:,} {label}{'s' * (n > 1 and label[0] != '.')}" for label, n in left.items()]
         say(f"left out: {', '.join(counts)}")

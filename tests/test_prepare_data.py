@@ -554,9 +554,11 @@ def test_already_prepared_is_said_when_it_is(tmp_path, monkeypatch):
     os.symlink("src", "other")
     for spelling in ("src", "src/", "./src", "../" + tmp_path.name + "/src", tmp_path / "src", "other"):
         assert "already prepared" in prepare("folder", "--root", spelling, "--out", "real", "--size", "8").stdout
-    call("cp", "-r", "src", "moved")  # the same files elsewhere; other files under the same name
+    call("cp", "-a", "src", "moved")  # the same files elsewhere; others of the same names and sizes
     again = ("folder", "--size", "8", "--out", tmp_path / "real", "--root")
     assert "already prepared" in prepare(*again, "moved").stdout
+    call("cp", "-r", "src", "x")
+    refuse(*again, "x", naming=["--root", "other data"])
     put(tmp_path, {"x/src/a/1.png": "green", "x/src/b/22.png": "green"})
     refuse(*again, "src", cwd=tmp_path / "x", naming=["--root", "other data"])
     for name in ("images.npy", "labels.npy", "tokens.npy", "captions.jsonl", "meta.json"):
