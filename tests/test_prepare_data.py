@@ -695,6 +695,7 @@ def test_colours_are_those_of_the_profile(kind):
         return image.convert("RGB").getpixel((5, 5))
     assert np.abs(np.subtract(middle("RGB", (200, 0, 0), icc_profile=profile), (0, 200, 0))).max() <= 2
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert prepare_data.colours_of(srgb) == (None, None) != prepare_data.colours_of(profile)
     for same in (srgb, b"no profile", srgb[:200]):
         assert middle("RGB", (200, 3, 9), icc_profile=same) == middle("RGB", (200, 3, 9))
     if kind != "JPEG":
