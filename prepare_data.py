@@ -359,8 +359,7 @@ def normal(path):
     return os.path.normpath(path).lstrip("/")
 
 
-def open_file(path):
-    return open(path, "rb")
+open_file = functools.partial(open, mode="rb")
 
 
 def open_root(root):
@@ -593,7 +592,7 @@ def listed_captions(files, root=None):
                 path = os.path.join(folder, file)
                 if root:
                     path = os.path.relpath(path, root)
-                    path = file if path.startswith("..") else path
+                    path = file if path.startswith("../") else path
                 told.setdefault(normal(path), []).extend(texts)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
@@ -630,8 +629,8 @@ def lines_of(text):
 def pair(entries, images):
     """({entry: image}, how many of them by file name alone) of paths in captions and in the source.
 
-    By path, below folders that wrap all of one side; else by file name, where it is unique in both.
-    ValueError where one of two could be meant.
+    By path; if no path is the same, below folders that wrap all of one side; then by file name, where it is
+    unique in both. ValueError where one of two could be meant.
     """
     spelled = {}
     for image in images:
@@ -651,7 +650,8 @@ def pair(entries, images):
         return names
     ways = [(below(entries, depth), below(spelled, 0)) for depth in depths(entries)]
     ways += [(below(entries, 0), below(spelled, depth)) for depth in depths(spelled)]
-    named, there = max(ways, key=lambda way: len(way[0].keys() & way[1].keys()))
+    same = [len(named.keys() & there.keys()) for named, there in ways]
+    named, there = ways[0 if same[0] else same.index(max(same))]
     pairs = {named[path]: spelled[there[path]] for path in named.keys() & there.keys()}
     ours, theirs = by_name(entries), by_name(spelled)
     alone = sorted((ours.keys() & theirs.keys()) - by_name(pairs).keys())
@@ -687,7 +687,7 @@ def find_captions(args, read, names, images):
         return None, []
     try:
         where, told, left = read_captions(args, read, names, images)
-        pairs, by_name = pair(told, images)
+        pairs, by_name = pair(told, images) if told else ({}, 0)
     except (OSError, ValueError) as error:
         option = f"--captions {args.captions}" if args.captions else f"captions of --root {args.root}"
         fail(f"{option}: {error.strerror if isinstance(error, OSError) else error}")
@@ -731,8 +731,9 @@ def sign(c):
 
 def words_of(caption):
     """Words and numbers of a text, lower-cased, NFC, with their marks; of scripts without spaces letters."""
-    text = unicodedata.normalize("NFC", caption.lower())
-    return WORD.findall("".join(map(sign, text)))
+    if caption.isascii():  # the same, sooner
+        return re.findall(r"[^\W_]+(?:'[^\W_]+)?", caption.lower())
+    return WORD.findall("".join(map(sign, unicodedata.normalize("NFC", caption.lower()))))
 
 
 def tokenize(captions, max_words=MAX_WORDS):

@@ -438,6 +438,9 @@ def test_captions_go_to_the_image_that_they_name(made, tmp_path):
         pairs, by_name = prepare_data.pair(dict.fromkeys(map(prepare_data.normal, entries)), images)
         assert by_name == 0 and len(pairs) == 2
         assert all(prepare_data.normal(image).endswith(entry[-7:]) for entry, image in pairs.items())
+    folder = [f"a/{i}.png" for i in range(4)]  # what is said exactly is not reinterpreted to find more
+    found, by_name = prepare_data.pair(folder, ["0.png", "1.png", "2.png", "3.png", *folder[:2]])
+    assert found["a/0.png"] == "a/0.png" and by_name == 2 and found["a/3.png"] == "3.png"
     # a file name counts where it is unique on both sides; an image with its path in the list takes no other's
     assert prepare_data.pair(["x/1.png"], ["a/1.png", "a/2.png"]) == ({"x/1.png": "a/1.png"}, 1)
     with pytest.raises(ValueError):  # training images are not those of validation
@@ -454,6 +457,8 @@ def test_captions_go_to_the_image_that_they_name(made, tmp_path):
     put(tmp_path, {"sets/c.jsonl": lines(faces__1_png="a face", flowers__1_png="a flower"), "sets/faces/1.png": "red"})
     _, _, out = made({}, "--captions", tmp_path / "sets" / "c.jsonl", root="sets/faces")
     assert told(out) == [("red", ["a face"])]
+    put(tmp_path, {"nfc/caf\u00e9.png": "red", "nfc/cafe\u0301.png": "blue"})  # no captions, no harm
+    assert made({}, root="nfc")[0]["count"] == 2
     # .txt of two images of the same name
     put(tmp_path, {"two/1.png": "red", "two/1.bmp": picture("red", "BMP"), "two/1.txt": "which?"})
     refuse("folder", "--root", tmp_path / "two", "--out", tmp_path / "x", naming=["1.txt", "1.png", "1.bmp"])
@@ -615,6 +620,7 @@ def test_captions_and_classes_that_nobody_meant(made, tmp_path):
 def test_words(text, words):
     found = prepare_data.words_of(text)
     assert found == words if isinstance(words, list) else len(found) == words
+    assert text.isascii() or prepare_data.words_of(f"it's {text} a_b") == ["it's", *found, "a", "b"]
 
 
 def test_encodings_and_ends_of_lines(made, tmp_path):
