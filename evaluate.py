@@ -19,7 +19,6 @@ import io
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -41,8 +40,8 @@ from pytorch_fid import inception as fid_inception
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from prepare_data import (Data, Parser, fail, find_device, flag, read_json, read_lines, whole_file, within,
-                          write_json, write_text)
+from prepare_data import (Data, Parser, fail, find_device, flag, leave, on_signals, read_json, read_lines,
+                          read_picture, steady_output, whole_file, within, write_json, write_text)
 
 BATCH = 32  # images a pass of Inception
 KEPT = 10_000  # real images whose features are kept for KID
@@ -229,7 +228,12 @@ def open_images(option, path):
     try:
         loaded = np.load(path, mmap_mode="r")
         if path.suffix == ".npz" and {"mu", "sigma"} <= {*loaded.files}:
-            return {"mu": loaded["mu"], "sigma": loaded["sigma"]}
+            mu, sigma = loaded["mu"], loaded["sigma"]
+            finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
+            if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not finite:
+                raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} of Inception are (2048,), (2048, 2048), "
+                                 f"all finite")
+            return {"mu": mu, "sigma": sigma}
         if path.suffix == ".npz":
             loaded = loaded["images" if "images" in loaded else loaded.files[0]]
     except (OSError, ValueError, zipfile.BadZipFile, IndexError, EOFError) as error:
@@ -245,12 +249,20 @@ def pixels_at(images, indices):
         pixels = images[indices]
         return pixels if pixels.shape[3] == 3 else pixels.repeat(3, 3)
     try:
-        pixels = [np.asarray(Image.open(images[i]).convert("RGB")) for i in indices]
-    except (OSError, ValueError) as error:
+        pixels = [np.asarray(read_picture(images[i]).convert("RGB")) for i in indices]
+    except Exception as error:  # decoders of hostile files raise anything
         fail(f"{images[0].parent}: not all of it can be read as images ({error})")
     if len({p.shape for p in pixels}) > 1:
         fail(f"{images[0].parent}: images of different sizes")
     return np.stack(pixels)
+
+
+def is_plain(path):
+    """Whether read_picture shows a picture as Pillow's convert("RGB"), which pytorch-fid uses, does."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(0x0112, 1) != 1
+        odd = turned or image.has_transparency_data or image.info.get("icc_profile")
+        return image.mode in ("RGB", "L") and not odd
 
 
 def inception_features(network, images, device, indices):
@@ -290,10 +302,7 @@ def real_statistics(network, weights, data, num_real, floor, device):
     Returns {"mu" (2048,), "sigma" (2048, 2048), "n", "features" (m, 2048) of the first KEPT, their "rows" in
     DATA (m,)}, and on request the "floor": the FID of "floor_n" of them against as many others.
     """
-    images = data.array("images")
-    n = num_real or len(images)
-    if n > len(images):
-        fail(f"--num-real {n}: {data.folder} has only {len(images)} images")
+    images, n = data.array("images"), real_count(data, num_real, floor)
     order = np.random.default_rng(0).permutation(len(images))
     path, about = data.folder / f"fid_{n}.npz", f"{data.meta['fingerprint']} {weights.name} in order"
     kept = {}
@@ -317,6 +326,16 @@ def real_statistics(network, weights, data, num_real, floor, device):
         except OSError as error:
             print(f"note: the statistics are not kept: {error}", file=sys.stderr)
     return real
+
+
+def real_count(data, num_real=None, floor=False):
+    """How many images of a Data a figure is of, or one line why it cannot be: a covariance takes two."""
+    count = data.meta["count"]
+    if (num_real or 2) > count:
+        fail(f"--num-real {num_real or 2}: {data.folder} has only {count} images")
+    if floor and count < 4:
+        fail(f"--floor: {data.folder} has only {count} images; two against two others are the least")
+    return num_real or count
 
 
 def fid(one, other):
@@ -956,6 +975,8 @@ def score_images(args, images, run, config):
     generated = open_images("--images", images)
     reference = open_images("--reference", args.reference) if args.reference else None
     data = None if args.reference else Data(args.data or config["options"]["data"])
+    if data:
+        real_count(data, args.num_real, args.floor)  # before any work
     conditions = read_lines(f"{images}.jsonl")  # what sample.py drew each of the images for
     if len(conditions) != len(generated) or "caption" not in conditions[0]:
         conditions = []
@@ -992,6 +1013,12 @@ def score_images(args, images, run, config):
             warned.append(f"no R-precision: it takes {RIVALS + 1} images or more, here are {len(conditions)}")
     if clip:
         found |= clip_score(clip, args.clip, conditions, pixels_at(generated, range(len(generated))))
+    for images in (generated, reference):
+        odd = [] if images is None or not isinstance(images, list) else [f for f in images if not is_plain(f)]
+        if odd:
+            warned.append(f"{len(odd)} of {len(images)} pictures in {odd[0].parent} are not plain 8-bit RGB or "
+                          f"gray ({odd[0].name}): read upright, on white if transparent, in sRGB, which "
+                          "pytorch-fid would not do")
     few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FULL_RANK]
     if few:
         warned.append(f"FID from {' and '.join(few)} images: under {FULL_RANK} the covariance is singular "
@@ -1055,8 +1082,9 @@ def score(args):
 
 
 def main():
+    steady_output()
     args = parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
+    on_signals(leave)
     try:
         if args.compare:
             first = next((Path(path) for path in args.compare if Path(path).is_dir()), Path("."))

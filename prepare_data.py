@@ -94,12 +94,44 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
-def say(text):
-    """A line for the user; a reader of the output that left is no reason to stop."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+class Unbroken:
+    """A stream whose reader may leave (`| head`, a closed terminal): what is written then is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        with contextlib.suppress(AttributeError):  # where it cannot show a letter, it shows the code
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def try_to(self, method, *args):
+        try:
+            return method(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text):
+        self.try_to(self.stream.write, text)
+
+    def flush(self):
+        self.try_to(self.stream.flush)
+
+
+def steady_output():
+    """Before anything is printed: no loss of the output is to cost the work."""
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+
+
+def on_signals(handler, numbers=SIGNALS):
+    for number in numbers:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, handler)
+
+
+def leave(number, frame=None):
+    """End at a signal with its status, so that `finally` runs."""
+    sys.exit(128 + number)
 
 
 def flag(name):
@@ -153,8 +185,6 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def parse_args(self, argv=None):
-        with contextlib.suppress(AttributeError):  # where it cannot show a letter, it shows the code
-            sys.stdout.reconfigure(errors="backslashreplace")
         argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
         options = self._option_string_actions
         words = [w.split("=")[0] for w in argv if re.match(r"--?[a-zA-Z][^ =]*(=|$)", w)]
@@ -280,8 +310,9 @@ class Trackers:
                 self.tensorboard.add_text("config", f"    {text}", step)
             if "wandb" in names:
                 import wandb
-                self.wandb = wandb.init(project="gan", name=Path(folder).resolve().name, id=run_id, resume="allow",
-                                        dir=folder, config=config)
+                name = Path(folder).resolve().name
+                self.wandb = wandb.init(project="gan", name=name, id=run_id, resume="allow", dir=folder,
+                                        config=config)
                 self.wandb.define_metric("*", step_metric="step")
         except Exception as error:  # no key, no network: each in its own way
             fail(f"--tracker {' '.join(names)}: {type(error).__name__}: {error}")
@@ -387,7 +418,7 @@ def torchvision_source(args):
         try:
             dataset = dataset_class(root, download=False, **options)
         except RuntimeError:  # torchvision's word for "not there"
-            say(f"{args.source} is not under {root}: downloading")
+            print(f"{args.source} is not under {root}: downloading")
             dataset = dataset_class(root, download=True, **options)
     except Exception as error:  # each mirror fails in its own way
         fail(f"{args.source} is neither under --root {root} nor downloadable "
@@ -533,10 +564,10 @@ def classes_of(images, choice=None):
     beside = len(images) - len(folders)
     if len(first) < 2 or choice is None and beside > min(first.values()):
         if len(first) > 1:
-            say(f"classes: none; {beside} images lie beside the folders (--classes folders leaves them out)")
+            print(f"classes: none; {beside} images lie beside folders (--classes folders leaves them out)")
         return {}
     some = repr(sorted(first)[:5])[1:-1]
-    say(f"classes: {len(first)}, the folders {some}{' …' if len(first) > 5 else ''}")
+    print(f"classes: {len(first)}, the folders {some}{' …' if len(first) > 5 else ''}")
     return {name: parts[0] for name, parts in folders.items()}
 
 
@@ -742,16 +773,16 @@ def find_captions(args, read, names, images):
     few = 2 * len(captions) < len(images) and not args.captions
     beside = Path(args.root).resolve().parent / "captions.jsonl"
     if few and told:
-        say(f"captions: none; {where}: only {len(captions)} of {len(images)} images (see --captions inside)")
+        print(f"captions: none; {where}: only {len(captions)} of {len(images)} images (--captions inside)")
     elif few and beside.exists():
-        say(f"captions: none; {beside} lies outside --root (--captions takes it)")
+        print(f"captions: none; {beside} lies outside --root (--captions takes it)")
     if few:
         return None, []
     if not captions:
         first = f"; the first is of {next(iter(told))!r}, an image is {images[0]!r}" if told else ""
         fail(f"--captions {args.captions}: no caption of any image{first}")
     count, gone = sum(map(len, captions.values())), len(told) - len(pairs)
-    say(f"captions: {count:,} from {where}, {count / len(captions):.1f} an image"
+    print(f"captions: {count:,} from {where}, {count / len(captions):.1f} an image"
         + (f", {by_name:,} images found by file name alone" if by_name else "")
         + (f"; {gone:,} of the images that it names are not there" if gone else ""))
     return captions, left
@@ -977,19 +1008,9 @@ def decode_all(items, args):
 
 # ---- DATA --------------------------------------------------------------------------------------------------
 
-def leave(number, frame=None):
-    sys.exit(128 + number)
-
-
 def leave_if_stopped():
     if stopped:
         leave(stopped[0])
-
-
-def on_signals(handler):
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, handler)
 
 
 def write_images(results, total, path, args, digest):
@@ -1114,7 +1135,7 @@ def write_texts(args, folder):
     index = {token: i for i, token in enumerate(vocabulary)}
     unspaced = sum(n for token, n in counts.items() if re.match(UNSPACED, token))
     if args.level == "word" and 2 * unspaced > counts.total():
-        say("note: these texts are in a script without spaces, each letter becomes a word: use --level char")
+        print("note: these texts are in a script without spaces, each letter is a word: use --level char")
 
     def to_ids(texts):
         ids = np.zeros((len(texts), length), np.int32)
@@ -1270,8 +1291,8 @@ def already(args, out, state):
     there.verify()
     what = f"{there.meta['count']} {'texts' if args.source == 'text' else 'images'}"
     if state and not same and "source_state" in there.meta:
-        return say(f"note: {args.root} is not as {out} was made of it ({what}): delete that to make it anew")
-    say(f"{out} is already prepared: {what}")
+        return print(f"note: {args.root} is not as {out} was made of it ({what}): delete that to make it new")
+    print(f"{out} is already prepared: {what}")
 
 
 def make(args, out, state):
@@ -1300,6 +1321,7 @@ def make(args, out, state):
 
 
 def main():
+    steady_output()
     args = parse_args()
     on_signals(leave)
     out, state = Path(os.path.realpath(args.out)), source_state(args)  # a link to a folder is that folder
@@ -1322,22 +1344,22 @@ def report(args, meta):
     """What was made, and what was left out of it."""
     text, skipped = args.source == "text", meta["skipped"]
     for entry in skipped[:5]:
-        say(f"skipped {entry['file']!r}: {entry['reason']}")
+        print(f"skipped {entry['file']!r}: {entry['reason']}")
     left = meta["left_out"] | (meta["other_files"] if text else {})
     if left:
         counts = [f"{n:,} {label}{'s' * (n > 1 and label[0] != '.')}" for label, n in left.items()]
-        say(f"left out: {', '.join(counts)}")
+        print(f"left out: {', '.join(counts)}")
     if meta.get("rare"):
-        say(f"{meta['rare']:,} rarer words are <unk>: the vocabulary holds {MAX_VOCABULARY:,}")
+        print(f"{meta['rare']:,} rarer words are <unk>: the vocabulary holds {MAX_VOCABULARY:,}")
     what = f"images of {args.size}×{args.size}×{args.channels}"
     if text:
         what = (f"texts of {meta['length']} tokens out of {len(meta['vocabulary'])}, {meta['held_out']} "
                 f"others held out; {meta['cut']} were cut")
     elif meta.get("cut"):
-        say(f"{meta['cut']:,} captions were cut to {args.max_words or MAX_WORDS} words (--max-words)")
+        print(f"{meta['cut']:,} captions were cut to {args.max_words or MAX_WORDS} words (--max-words)")
     what += f", {len(meta['classes'])} classes" if meta["classes"] else ""
     what += f", {len(skipped)} skipped (named in meta.json)" if skipped else ""
-    say(f"{args.out}: {meta['count']} {what}")
+    print(f"{args.out}: {meta['count']} {what}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from prepare_data import (Data, Parser, fail, find_device, flag, load_text_encoder, read_json, whole_file,
-                          within, words_of, write_json, write_text)
+from prepare_data import (Data, Parser, fail, find_device, flag, leave, lines_of, load_text_encoder,
+                          on_signals, read_json, steady_output, whole_file, within, words_of, write_json,
+                          write_text)
 from train import latents, load_generator, make_grid, to_pixels, to_texts
 
 BLOCK = 64  # images a pass, always: another number would round the last bits another way
@@ -122,9 +122,9 @@ def given_captions(saved, texts, text_file):
     """The same of the captions that the call names, in turn."""
     if text_file:
         try:
-            lines = Path(text_file).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as error:
-            fail(f"--text-file {text_file}: {error.strerror}")
+            lines = lines_of(Path(text_file).read_bytes().decode("utf-8-sig"))
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"--text-file {text_file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
         texts = texts + [line for line in lines if line.strip()]
     if not texts or not all(text.strip() for text in texts):
         fail("--text: an empty caption" if texts else f"--text-file {text_file}: no captions in it")
@@ -422,8 +422,9 @@ def write_pictures(args, generator, saved, digest, folder, device):
 
 
 def main():
+    steady_output()
     args = parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` runs
+    on_signals(leave)
     try:
         if args.film:
             write_film(Path(args.film))
