@@ -231,8 +231,8 @@ def open_images(option, path):
             mu, sigma = loaded["mu"], loaded["sigma"]
             finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
             if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not finite:
-                raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} of Inception are (2048,), (2048, 2048), "
-                                 f"all finite")
+                raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} should be (2048,) and (2048, 2048), all "
+                                 "finite")
             return {"mu": mu, "sigma": sigma}
         if path.suffix == ".npz":
             loaded = loaded["images" if "images" in loaded else loaded.files[0]]
@@ -1016,8 +1016,8 @@ def score_images(args, images, run, config):
     for images in (generated, reference):
         odd = [] if images is None or not isinstance(images, list) else [f for f in images if not is_plain(f)]
         if odd:
-            warned.append(f"{len(odd)} of {len(images)} pictures in {odd[0].parent} are not plain 8-bit RGB or "
-                          f"gray ({odd[0].name}): read upright, on white if transparent, in sRGB, which "
+            warned.append(f"{len(odd)} of {len(images)} pictures in {odd[0].parent} are not plain 8-bit RGB "
+                          f"or gray ({odd[0].name}): read upright, on white if transparent, in sRGB, which "
                           "pytorch-fid would not do")
     few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FULL_RANK]
     if few:

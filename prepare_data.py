@@ -144,8 +144,8 @@ def within(low, high=math.inf, kind=float):
     def number(text):
         value = kind(text)
         if not (low <= value <= high and abs(value) <= sys.maxsize):  # infinite; NaN is in no range
-            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
+            limits = f"of at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be a number {limits}, not infinite")
         return value
     number.__name__ = kind.__name__  # for argparse's "invalid float value"
     return number

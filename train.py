@@ -5,7 +5,7 @@
     python train.py --data data/shapes --out runs/shapes --epochs 50    # called again: goes on from there
 
 RUN/ then holds config.json, checkpoint.pt, generator.pt (all that sample.py needs), log.jsonl, status.json,
-grids/. SIGINT, SIGTERM and SIGUSR1 finish the step, save and exit with 75; the same command then goes on.
+grids/. SIGINT, SIGTERM, SIGUSR1, SIGHUP finish the step, save and exit with 75; the same command goes on.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, lock, read_lines,
-                          whole_file, within, write_json, write_text)
+from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, lock, on_signals,
+                          read_lines, steady_output, whole_file, within, write_json, write_text)
 
 EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
@@ -53,7 +53,7 @@ STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "g
 # options that a resumed run may change: where, how long and how it is watched
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device",
         "compile", "graphs", "max_skips", "fid_every", "fid_num", "patience", "tracker"}
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 # ---- options ---------------------------------------------------------------------------------------------
@@ -883,17 +883,32 @@ def squared_gradient(logits, images):
     return gradient.float().square().flatten(1).sum(1)
 
 
-def loss_of_d(run, D, x, c, fake, dial=None):
-    """D on real x and on fakes (B, …), both with condition c: (loss, what the log says of it)."""
+def another(condition):
+    """For each image of a batch a condition (B, …) that is not its own, drawn evenly from the others'.
+
+    Returns them (B, …), and (B,) whether there was one to draw.
+    """
+    flat = condition.reshape(len(condition), -1)
+    differs = (flat.unsqueeze(1) != flat).any(2)
+    draws = (1 - torch.rand(differs.shape, device=flat.device)) * differs
+    return condition[draws.argmax(1)], differs.any(1)
+
+
+def loss_of_d(run, D, x, c, fake, dial=None, wrong=None, differs=None):
+    """D on real x and on fakes (B, …), both with condition c: (loss, what the log says of it).
+
+    wrong (B, …), differs (B,): of --mismatch-weight, see another().
+    """
     args, objective = run.args, LOSSES[run.args.loss][0]
     x, fake = x.detach().requires_grad_(args.r1 > 0), fake.detach().requires_grad_(args.r2 > 0)
     with run.autocast():
         real_logits, features = D(diffaug(x) if args.diffaug else x, c, dial)
         fake_logits, _ = D(diffaug(fake) if args.diffaug else fake, c, dial)
     loss = objective(real_logits, fake_logits, args)
-    if args.mismatch_weight:  # the neighbour's condition is a wrong one (Reed et al. 2016)
+    if args.mismatch_weight:  # real images with a wrong condition (Reed et al. 2016)
         with run.autocast():
-            wrong_logits = real_logits + D.match(features, c.roll(1, 0)) - D.match(features, c)
+            wrong_logits = real_logits + D.match(features, wrong) - D.match(features, c)
+        wrong_logits = torch.where(differs, wrong_logits, fake_logits)  # as if there were no such term
         loss = torch.lerp(loss, objective(real_logits, wrong_logits, args), args.mismatch_weight)
     if args.r1:  # Mescheder et al. 2018
         loss = loss + args.r1 / 2 * squared_gradient(real_logits, x).mean()
@@ -1182,22 +1197,23 @@ def train_step(run, state, turn, batch, condition):
     G, D, meter = state.G.net, state.D.net, state.meter
     x = run.data.real(run, batch, turn.dial)
     z = torch.randn(len(x), G.noise_dim, device=run.device)
-    parts = split(run.args.grad_accum, x, condition, z)
+    wrong = another(condition) if run.args.mismatch_weight else (None, None)
+    parts = split(run.args.grad_accum, x, condition, z, *wrong)
     reuse = turn.train_g and len(parts) == 1  # one pass of G serves both; of parts it would fill the memory
     statistics = state.G.statistics.clone()
 
-    for x, c, z in parts if turn.train_d or reuse else ():
+    for x, c, z, *wrong in parts if turn.train_d or reuse else ():
         with run.autocast(), torch.set_grad_enabled(reuse):
             fake = G(z, c, turn.dial)
         if turn.train_d:
-            loss, report = loss_of_d(run, D, x, c, fake, turn.dial)
+            loss, report = loss_of_d(run, D, x, c, fake, turn.dial, *wrong)
             state.D.backward(loss, len(parts))
             meter.note(**report, diversity=spread(fake) / spread(x))
     if turn.train_d:
         meter.note(**state.D.update(run))
 
     D.requires_grad_(False)
-    for x, c, z in parts if turn.train_g else ():
+    for x, c, z, *_ in parts if turn.train_g else ():
         if not reuse:
             with run.autocast():
                 fake = G(z, c, turn.dial)
@@ -1222,7 +1238,7 @@ def split(count, *tensors):
 
 def spread(x):
     """How much a batch (B, …) varies: the mean standard deviation; of images one pixel in 16 tells enough."""
-    return (x.detach()[..., ::4, ::4] if x.ndim == 4 else x.detach()).float().std(0).mean()
+    return (x.detach()[..., ::4, ::4] if x.ndim == 4 else x.detach()).float().std(0, correction=0).mean()
 
 
 def seed_of(*parts):
@@ -1369,12 +1385,11 @@ def check_same(run, saved, path):
 
 
 class Signals:
-    """Notes SIGINT, SIGTERM, SIGUSR1; agreed() tells all processes alike which one ends the run, or 0."""
+    """Notes that one of SIGNALS came; agreed() tells all processes alike which one ends the run, or 0."""
 
     def __init__(self, group):
         self.received, self.group, self.pending = 0, group, None
-        for number in SIGNALS:
-            signal.signal(number, self.note)
+        on_signals(self.note, SIGNALS)
 
     def note(self, number, frame):
         self.received = self.received or number
@@ -1427,12 +1442,15 @@ class Watch:
         run, out = self.run, self.run.out
         for leftover in [*out.glob("*.tmp"), *out.glob("grids/*.tmp"), *out.glob("checkpoint.next.pt")]:
             leftover.unlink()
+        ours = (out / "config.json").exists()
         if path is None:  # a fresh start leaves nothing of an earlier run
             names = ["log.jsonl", "fid.jsonl", "best.pt"]
             if run.args.resume == "never":
                 names += ["checkpoint.pt", "checkpoint.prev.pt", "generator.pt", "error.pt"]
-            for old in [*(out / name for name in names), *out.glob("grids/step_*")]:
-                old.unlink(missing_ok=True)
+            for old in [*(out / name for name in names if (out / name).exists()), *out.glob("grids/step_*")]:
+                if not ours:
+                    fail(f"--out {out} holds {old.name} but no config.json, so no run: choose another folder")
+                old.unlink()
         else:
             for name in ("log.jsonl", "fid.jsonl"):
                 trim_log(out / name, state.step)
@@ -1729,6 +1747,8 @@ def make_run(args, rank=0, world=1):
         fail(f"--batch-size {batch}: {args.data} has only {len(data.rows)} {data.unit}")
     if batch % (world * parts):
         fail(f"--batch-size {batch}: not divisible by {world} processes × {parts} (--grad-accum)")
+    if args.fid_every and len(data.rows) < 2:
+        fail(f"--fid-every: {args.data} has only one image, which has no covariance")
     model, amp = data.model(args), find_precision(args.amp, device)
     if amp == "fp16" and (args.r1 or args.r2 or args.gp):  # squared gradients leave its range
         if args.amp != "auto":
@@ -1762,12 +1782,16 @@ def post_mortem(run, state):
                 write_status(run, state, "failed", error=str(error))
             fail(f"{error.strerror}: {error.filename or run.out}; the last checkpoint is whole", 1)
         report(run, state, error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             more = ", --amp bf16" if run.amp == "off" else ""
             fail(f"out of memory at step {state.step}: try --grad-accum {2 * args.grad_accum} (the same "
                  f"batch in parts), --batch-size {max(args.batch_size // 2, 1)}, a smaller --width{more}, in "
                  f"another --out or with --resume never", 1)
         raise
+
+
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def report(run, state, error):
@@ -1780,6 +1804,7 @@ def report(run, state, error):
 
 
 def main():
+    steady_output()
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run = make_run(args, rank, world)
@@ -1787,7 +1812,12 @@ def main():
         torch.cuda.set_device(run.device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    state = make_state(run)
+    try:
+        state = make_state(run)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        if not out_of_memory(error) and "overflow" not in str(error):
+            raise
+        fail(f"networks of --width {args.width} do not fit into memory: take a smaller one")
     watch = Watch(run) if rank == 0 else Mute()
     if world > 1:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")

@@ -118,13 +118,13 @@ class Plane(torch.nn.Module):
         return c.float() if c is not None else 0
 
 
-def losses(*options, condition=None):
+def losses(*options, condition=None, wrong=()):
     """(loss of D, loss of G) on a plane, with ones as real and minus ones as fakes."""
     args = train.parse_args(["--data", "-", "--out", "-", *options])
     run = SimpleNamespace(args=args, autocast=contextlib.nullcontext)
     D, G = Plane(torch.full((3, 4, 4), 0.1)), SimpleNamespace(divergence=lambda c: torch.tensor(7.0))
     x, fake = torch.ones(2, 3, 4, 4), -torch.ones(2, 3, 4, 4)
-    return (train.loss_of_d(run, D, x, condition, fake)[0].item(),
+    return (train.loss_of_d(run, D, x, condition, fake, None, *wrong)[0].item(),
             train.loss_of_g(run, G, D, x, condition, fake)[0].item())
 
 
@@ -138,10 +138,13 @@ def test_penalties_and_terms_against_plain_algebra():
     assert losses("--loss", "wgan-gp", "--gp", "1")[0] == pytest.approx(-9.6 + (0.48**0.5 - 1) ** 2, rel=1e-4)
     assert losses("--loss", "relativistic")[0] == pytest.approx(math.log1p(math.exp(-9.6)) + 0.05 * 0.48, rel=1e-3)
     assert losses("--loss", "hinge", "--feature-matching", "0.5")[1] == pytest.approx(4.8 + 0.5 * 4, rel=1e-4)
-    told = torch.tensor([0, 2])  # each image's neighbour has the other's condition
-    both = losses("--loss", "hinge", "--condition", "label", "--mismatch-weight", "0.25", condition=told)[0]
+    told = torch.tensor([0, 2])
+    mismatch = ("--loss", "hinge", "--condition", "label", "--mismatch-weight", "0.25")
+    both = losses(*mismatch, condition=told, wrong=(told.flip(0), torch.tensor([True, True])))[0]
     own, wrong = F.relu(1 + torch.tensor([-4.8, -2.8])).mean(), F.relu(1 + torch.tensor([6.8, 4.8])).mean()
     assert both == pytest.approx((0.75 * own + 0.25 * wrong).item(), rel=1e-4)
+    none = losses(*mismatch, condition=told, wrong=(told, torch.tensor([False, False])))[0]
+    assert none == pytest.approx(own.item(), rel=1e-4), "where there is no other condition the term is left out"
     assert losses("--loss", "hinge", "--condition", "label", "--cond-augment", "2", condition=told)[1] == pytest.approx(
         losses("--loss", "hinge", "--condition", "label", condition=told)[1] + 14, rel=1e-4)
 
@@ -655,3 +658,33 @@ def test_images_need_nothing_of_texts(shapes, tmp_path):
          "--max-steps", "2", *TINY)
     rest = (tmp_path / "train.py").read_text()
     assert not re.search(r"\b(seq|Texts|likelihood|pretrain\w*|length)\b", rest.replace("of texts", ""))
+
+
+def test_wrong_conditions_are_wrong_and_drawn_evenly(tmp_path):
+    torch.manual_seed(0)
+    two = torch.tensor([0, 1, 1, 0, 1])
+    for _ in range(20):
+        wrong, differs = train.another(two)
+        assert torch.equal(wrong, 1 - two) and differs.all(), "of two classes the other"
+    three, drawn = torch.tensor([0, 1, 2, 2, 2, 0]), torch.zeros(3)
+    for _ in range(2000):
+        drawn[train.another(three)[0][0]] += 1
+    assert torch.allclose(drawn / 2000, torch.tensor([0, 1 / 4, 3 / 4]), atol=0.03), "as often as the others have it"
+    same, differs = train.another(torch.tensor([[3, 4, 0], [3, 4, 0], [3, 4, 0]]))
+    assert not differs.any() and torch.equal(same[0], torch.tensor([3, 4, 0]))
+    captions = torch.tensor([[3, 4, 0], [3, 5, 0], [3, 4, 0]])
+    assert torch.equal(train.another(captions)[0], captions[[1, 0, 1]]) or torch.equal(train.another(captions)[0], captions[[1, 2, 1]])
+
+
+def test_wrong_conditions_come_from_the_whole_batch_under_accumulation(tmp_path, monkeypatch):
+    """One image a part: each is judged with another image's caption, and never with its own."""
+    t = trainer(tmp_path, "--condition", "text", "--mismatch-weight", "0.5", "--grad-accum", "16", "--amp", "off")
+    pairs, loss_of_d = [], train.loss_of_d
+
+    def watched(run, D, x, c, fake, dial, wrong, differs):
+        pairs.append((c, wrong, differs))
+        return loss_of_d(run, D, x, c, fake, dial, wrong, differs)
+    monkeypatch.setattr(train, "loss_of_d", watched)
+    steps_of(t, 1)
+    assert len(pairs) == 16 and all(len(c) == 1 and differs.all() for c, _, differs in pairs)
+    assert not any(torch.equal(c, wrong) for c, wrong, _ in pairs)
