@@ -21,7 +21,9 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import queue
 import random
 import re
 import shutil
@@ -34,8 +36,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ MAX_WORDS, MAX_VOCABULARY = 32, 10_000  # of a caption; of all, the others becom
 CHUNK = 32  # images a task: large enough that passing them costs little beside decoding
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATHS = ("root", "captions")  # options
-stopped = []  # signals received; looked at between images, since raising in a process pool can deadlock it
+stopped = []  # signals received; looked at between images, since raising anywhere leaves threads waiting
 
 TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "celeba")
 SHAPES = ("circle", "square", "triangle", "star")
@@ -977,32 +978,50 @@ def decode(items, args):
     return results
 
 
-def die_by_signals():
-    """In a worker: the parent's Ctrl-C is the parent's business, and what ends a worker ends it at once."""
-    for number in SIGNALS:
+def serve(connection, args):
+    """A worker: lists of Items come in and what `decode` makes of them goes out, until the other end is gone."""
+    for number in SIGNALS:  # the parent's Ctrl-C is the parent's business; what ends a worker ends it at once
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send(decode(connection.recv(), args))
 
 
 def decode_all(items, args):
     """Results of `decode` in order, from all cores, with a bounded number of images under way."""
-    items, window = iter(items), deque()
-    with ProcessPoolExecutor(args.workers, initializer=die_by_signals) as pool:
-        on_signals(lambda number, frame: stopped.append(number))
+    items, window, workers, idle = iter(items), deque(), [], queue.SimpleQueue()
+    on_signals(lambda number, frame: stopped.append(number))
+    for _ in range(args.workers):  # a pipe each: it ends with its worker; a shared one would not
+        ours, theirs = multiprocessing.Pipe()
+        workers.append(multiprocessing.Process(target=serve, args=(theirs, args), daemon=True))
+        workers[-1].start()
+        theirs.close()
+        idle.put(ours)
+
+    def work(chunk):
+        connection = idle.get()
         try:
-            while chunk := list(itertools.islice(items, CHUNK)):
-                window.append(pool.submit(decode, chunk, args))
-                if len(window) >= 4 * args.workers:
-                    yield from window.popleft().result()
-            while window:
-                yield from window.popleft().result()
-        except BrokenProcessPool:
-            if not stopped:  # by a signal to all
-                fail("a decoding process was killed, as systems do for want of memory: call again with fewer "
-                     f"--workers ({args.workers} here)", status=1)
+            connection.send(chunk)
+            return connection.recv()
         finally:
-            pool.shutdown(cancel_futures=True)
-            on_signals(leave)
+            idle.put(connection)
+    threads = ThreadPoolExecutor(args.workers)
+    try:
+        while (chunk := list(itertools.islice(items, CHUNK))) or window:
+            if chunk:
+                window.append(threads.submit(work, chunk))
+            if not chunk or len(window) >= 4 * args.workers:
+                yield from window.popleft().result()
+    except (EOFError, OSError):
+        leave_if_stopped()  # by a signal to all
+        fail("a decoding process was killed, as systems do for want of memory: call again with fewer "
+             f"--workers ({args.workers} here)", status=1)
+    finally:
+        for worker in workers:
+            worker.terminate()
+        threads.shutdown(cancel_futures=True)
+        on_signals(leave)
     leave_if_stopped()
 
 

@@ -728,15 +728,27 @@ def test_a_jpeg_is_reduced_like_a_png():
 
 
 def test_a_worker_killed_for_memory_is_said_so(tmp_path, monkeypatch, capsys):
-    submit = prepare_data.ProcessPoolExecutor.submit
-    monkeypatch.setattr(prepare_data.ProcessPoolExecutor, "submit",
-                        lambda pool, *job: submit(pool, signal.raise_signal, signal.SIGKILL))
+    monkeypatch.setattr(prepare_data, "decode", lambda chunk, args: signal.raise_signal(signal.SIGKILL))
     args = prepare_data.parse_args(["shapes", "--out", str(tmp_path / "x"), "--num", "2", "--workers", "1"])
     with pytest.raises(SystemExit) as ended:
         list(prepare_data.decode_all(prepare_data.shapes_source(args)[1], args))
     for number in prepare_data.SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     assert ended.value.code == 1 and "--workers (1 here)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_one_worker_killed_while_it_hands_over_or_the_terminal_closed(tmp_path, number):
+    command = [sys.executable, ROOT / "prepare_data.py", "shapes", "--size", "64", "--num", "100000", "--workers", "2",
+               "--out", tmp_path / "out"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    while not any(f.stat().st_size > 1e6 for f in tmp_path.glob("out.*.partial/images.npy")):
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[0]) if number == signal.SIGKILL else process.pid, number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == (1 if number == signal.SIGKILL else 128 + number) and not list(tmp_path.iterdir())
+    assert "Traceback" not in said and ("--workers" in said) == (number == signal.SIGKILL)
 
 
 def test_no_tracebacks(tmp_path):
