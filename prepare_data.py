@@ -144,9 +144,11 @@ def within(low, high=math.inf, kind=float):
     """An argparse type: a finite number from low to high."""
     def number(text):
         value = kind(text)
-        if not (low <= value <= high and abs(value) <= sys.maxsize):  # infinite; NaN is in no range
-            limits = f"of at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be a number {limits}, not infinite")
+        if not abs(value) <= sys.maxsize:  # NaN neither
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if not low <= value <= high:
+            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
         return value
     number.__name__ = kind.__name__  # for argparse's "invalid float value"
     return number

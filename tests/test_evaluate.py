@@ -219,3 +219,37 @@ def test_refusals(trained, tmp_path, capsys):
     refused("evaluate.py", "--images", tmp_path / "empty", "--reference", tmp_path, naming=["--images", "empty"])
     np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 3)))
     refused("evaluate.py", "--images", tmp_path / "float.npz", "--reference", tmp_path, naming=["float.npz", "float64"])
+
+
+def test_statistics_and_counts_that_cannot_be_are_refused(shapes, tmp_path):
+    images = folder_of(tmp_path / "images", 4, 0)
+    for name, mu, sigma in (("narrow", np.zeros(768), np.eye(768)), ("nan", np.full(2048, np.nan), np.eye(2048)),
+                            ("endless", np.zeros(2048), np.full((2048, 2048), np.inf))):
+        np.savez(tmp_path / f"{name}.npz", mu=mu, sigma=sigma)
+        refused("evaluate.py", "--images", images, "--reference", tmp_path / f"{name}.npz", naming=[f"{name}.npz", "2048"])
+    for count, options, naming in ((1, (), "only 1 images"), (3, ("--floor",), "--floor"), (3, ("--num-real", "4"), "--num-real 4")):
+        data = tmp_path / f"{count}{len(options)}"
+        call("prepare_data.py", "shapes", "--num", count, "--size", "8", "--out", data)
+        refused("evaluate.py", "--images", images, "--data", data, *options, naming=naming)
+
+
+def test_folders_are_read_as_data_is(tmp_path):
+    """Upright, on white, 16 bits and profiles as they look; what is plain is what pytorch-fid sees."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x112] = 3
+    image.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png", exif=exif)
+    image.putalpha(Image.fromarray(np.repeat([[0], [255]], 4, 0).repeat(12, 1).astype(np.uint8)))
+    image.save(tmp_path / "clear.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(pixels).save(tmp_path / "plain.png")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "gray.png")
+
+    def seen(name):
+        return evaluate.pixels_at([tmp_path / f"{name}.png"], [0])[0]
+    gray = pixels[..., :1].repeat(3, 2)
+    assert np.array_equal(seen("plain"), pixels) and np.array_equal(seen("turned"), pixels)
+    assert np.array_equal(seen("gray"), gray) and np.array_equal(seen("deep"), gray)
+    assert np.array_equal(seen("clear"), np.concatenate([np.full((4, 12, 3), 255), pixels[4:]]))
+    plain = {name: evaluate.is_plain(tmp_path / f"{name}.png") for name in ("plain", "gray", "turned", "clear", "deep")}
+    assert plain == {"plain": True, "gray": True, "turned": False, "clear": False, "deep": False}

@@ -68,7 +68,7 @@ def straight(request, shapes, tmp_path_factory):
 def test_interrupted_by_every_signal_it_ends_in_the_same_weights(straight, shapes, tmp_path):
     whole, amp = straight
     run, rng = tmp_path / "run", random.Random(amp)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGKILL):
         process = start(shapes, run, *OPTIONS, "--amp", amp)
         before = status(run)["step"] if (run / "status.json").exists() else 0
         wait_for_step(run, before + rng.randrange(5, 20), process)
@@ -304,3 +304,35 @@ def test_code_in_files_is_refused_and_not_run(shapes, trained, tmp_path):
     refused("train.py", "--data", shapes, "--out", run, "--condition", "label", "--epochs", "4", *TINY, "--resume",
             run / "evil.pt", naming=["evil.pt", "run code"])
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_reader_that_leaves_costs_no_step(shapes, tmp_path):
+    """`train.py … | head -n 1`, and both streams gone: the run goes to its end; prepare_data.py too."""
+    options = f"--data {shapes} --width 4 --batch-size 16 --device cpu --amp off --max-steps 60 --log-every 2"
+    train_py = f"{sys.executable} {ROOT / 'train.py'} {options}"
+    for name, pipe in (("a", "2>err | head -n 1"), ("b", "2>&1 | true")):
+        call("bash", "-c", f"{train_py} --out {name} {pipe}; exit ${{PIPESTATUS[0]}}", cwd=tmp_path)
+        assert status(tmp_path / name)["state"] == "finished" and len(log_of(tmp_path / name)) == 30
+    assert "Traceback" not in (tmp_path / "err").read_text()
+    call("bash", "-c", f"{sys.executable} {ROOT / 'prepare_data.py'} shapes --num 40 --size 8 --out d 2>&1 | true; "
+         "exit ${PIPESTATUS[0]}", cwd=tmp_path)
+    assert (tmp_path / "d" / "meta.json").exists()
+
+
+def test_nohup_is_respected(shapes, tmp_path):
+    process = start(shapes, tmp_path, *OPTIONS, launch=("nohup", sys.executable))
+    wait_for_step(tmp_path, 10, process)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(shapes, tmp_path):
+    for name in ("log.jsonl", "checkpoint.pt", "best.pt"):
+        out = tmp_path / name.replace(".", "-")
+        out.mkdir()
+        (out / name).write_text("mine")
+        refused("train.py", "--data", shapes, "--out", out, *TINY, "--resume", "never", naming=["--out", name])
+        assert (out / name).read_text() == "mine"
