@@ -10,7 +10,6 @@ grids/. SIGINT, SIGTERM and SIGUSR1 finish the step, save and exit with 75; the 
 
 import contextlib
 import copy
-import dataclasses
 import errno
 import importlib.util
 import io
@@ -20,7 +19,6 @@ import os
 import pickle
 import platform
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -28,7 +26,7 @@ import zipfile
 from argparse import Namespace
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +49,6 @@ STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "g
 # options that a resumed run may change: where, how long and how it is watched
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device",
         "compile", "graphs", "max_skips", "fid_every", "fid_num", "patience", "tracker"}
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 # ---- options ---------------------------------------------------------------------------------------------
@@ -69,7 +66,7 @@ def parse_args(argv=None):
 
     add = parser.group("networks")
     add("--arch", choices=list(ARCHITECTURES), default="dcgan",
-        help="; ".join( f"{name}: {G.__doc__.splitlines()[0]}" for name, (G, _, _) in ARCHITECTURES.items()))
+        help="; ".join(f"{name}: {G.__doc__.splitlines()[0]}" for name, (G, _, _) in ARCHITECTURES.items()))
     add("--width", type=count, default=64, help="channels at the highest resolution, doubled at each halving")
     add("--width-d", type=count, help="the same of D alone (default: as --width)")
     add = parser.group("networks of images", needs=[images])
@@ -81,8 +78,7 @@ def parse_args(argv=None):
     add("--spectral-norm", action="store_true", excludes="--arch resnet", help="of D's weights")
     add("--attention", action="store_true", needs="--condition text", help="words attend to places in G")
     add("--cond-augment", type=weight, default=0.0, metavar="WEIGHT", needs="--condition label or text",
-        help="G draws its condition from a normal distribution around it; weight of that distribution's "
-        "divergence")
+        help="G draws its condition from a normal distribution around it; weight of its divergence")
     add("--grow", metavar="SIZES", excludes="--compile", help="sizes to grow through, as 16,32,64")
 
     add = parser.group("objective")
@@ -228,7 +224,14 @@ class Images:
 
     def real(self, run, images, dial):
         """What D tells from fakes: (B, C, size, size) in [-1, 1] of uint8 images (B, H, W, C), augmented."""
-        x, sizes = augment(images.permute(0, 3, 1, 2).float() / 127.5 - 1, run.args), run.model["sizes"]
+        args, x = run.args, images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        if args.flip:
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+        if args.crop_shift:
+            x = shift(x, args.crop_shift, "reflect")
+        if args.jitter:
+            x = colour(x, args.jitter).clamp(-1, 1)
+        sizes = run.model["sizes"]
         size = sizes[math.ceil(dial)]
         if size < x.shape[2]:
             x = F.avg_pool2d(x, x.shape[2] // size)
@@ -253,10 +256,7 @@ class Images:
 
 def default_depth(size):
     """How often an image's side is halved: until 7 pixels or fewer are left, or an odd number."""
-    depth = 0
-    while size > 7 and size % 2 == 0:
-        size, depth = size // 2, depth + 1
-    return depth
+    return next(depth for depth in range(size) if size >> depth <= 7 or (size >> depth) % 2)
 
 
 def batches(run, start):
@@ -286,9 +286,7 @@ def batches(run, start):
     with ThreadPoolExecutor(1, "batches", *settle) as thread:
         ahead = thread.submit(gather, start)
         for step in range(start, run.total):
-            batch = ahead.result()
-            if step + 1 < run.total:
-                ahead = thread.submit(gather, step + 1)
+            batch, ahead = ahead.result(), thread.submit(gather, step + 1)
             yield batch
 
 
@@ -331,15 +329,6 @@ def make_grid(pixels, columns=8):
 
 
 # ---- augmentation, on the device: images (B, C, H, W) in [-1, 1] -----------------------------------------
-
-def augment(x, args):
-    """What --flip, --crop-shift and --jitter ask for, drawn for each image."""
-    if args.flip:
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
-    if args.crop_shift:
-        x = shift(x, args.crop_shift, "reflect")
-    return colour(x, args.jitter).clamp(-1, 1) if args.jitter else x
-
 
 def diffaug(x):
     """DiffAugment (Zhao et al. 2020): colour, shift by up to 1/8, a square of half the side cut out."""
@@ -391,8 +380,7 @@ class Encoder(nn.Module):
         self.neighbours = nn.Conv1d(EMBEDDING, EMBEDDING, 3, 1, 1) if kind == "text" else None
 
     def forward(self, condition):
-        words = mask = None
-        vector = self.embed(condition)
+        vector, words, mask = self.embed(condition), None, None
         if self.kind == "text":
             words, mask = vector + F.leaky_relu(self.neighbours(vector.mT).mT, 0.2), condition > 0
             vector = (words * (mask / mask.sum(1, keepdim=True).clamp(min=1)).unsqueeze(2)).sum(1)
@@ -456,17 +444,16 @@ class Generator(nn.Module):
                 vector = mean + noise * (log_variance / 2).exp()
             z = torch.cat([z, vector / 4], 1)  # at z's own scale G varies with the condition alone, forgets z
         level = len(self.heads) - 1 if dial is None else dial
-        drawn, x = math.ceil(level), z
+        drawn, x, maps = math.ceil(level), z, []
         for i, stage in enumerate(self.stages[:self.ends[drawn] + 1]):
             x = stage(x)
             if self.attend is not None and i == self.attended:
                 x = self.attend(x, words, mask)
-            if drawn and i == self.ends[drawn - 1]:
-                smaller = x
+            maps.append(x)
         image = self.heads[drawn](x)
         if level < drawn:  # progressive growing fades the new size in (Karras et al. 2018)
-            before = F.interpolate(self.heads[drawn - 1](smaller), size=image.shape[2:])
-            image = torch.lerp(before, image, level - drawn + 1)
+            before = self.heads[drawn - 1](maps[self.ends[drawn - 1]])
+            image = torch.lerp(F.interpolate(before, size=image.shape[2:]), image, level - drawn + 1)
         return image.tanh()
 
 
@@ -649,8 +636,7 @@ class Texts:
         temperature = within(1e-6, 1e6)
         add("--pretrain-epochs", type=within(0, kind=int), default=0, help="the first of the epochs, in "
             "which G learns by likelihood alone")
-        add("--pretrain-lr", type=within(0, 1), default=5e-3, needs="--pretrain-epochs", help="its learning "
-            "rate")
+        add("--pretrain-lr", type=within(0, 1), default=5e-3, needs="--pretrain-epochs", help="learning rate")
         add("--temperature-schedule", choices=["epochs", "exponential"], default="epochs", help="of the "
             "Gumbel-softmax. epochs: times --temperature-decay each; exponential: evenly from start to end, "
             "RelGAN's with 1 and 0.01")
@@ -811,24 +797,20 @@ def load_generator(path, device="cpu"):
 
 # ---- objectives: logits of D -> scalar -------------------------------------------------------------------
 
-def cross_entropy(real, fake, args):
-    return (F.binary_cross_entropy_with_logits(real, torch.full_like(real, args.real_label))
-            + F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, args.fake_label)))
-
-
-def least_squares(real, fake, args):
-    return 0.5 * ((real - args.real_label).square().mean() + (fake - args.fake_label).square().mean())
-
-
 # name: (loss of D from (real, fake, args), loss of G from (fake, real), options that go with it unless named)
 LOSSES = {
     # Goodfellow et al. 2014, G non-saturating; smoothed targets: Salimans et al. 2016
-    "bce": (cross_entropy, lambda fake, real: F.softplus(-fake).mean(), {}),
+    "bce": (lambda real, fake, args:
+            F.binary_cross_entropy_with_logits(real, torch.full_like(real, args.real_label))
+            + F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, args.fake_label)),
+            lambda fake, real: F.softplus(-fake).mean(), {}),
     # Lim & Ye 2017
     "hinge": (lambda real, fake, args: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
               lambda fake, real: -fake.mean(), {}),
     # Mao et al. 2017
-    "lsgan": (least_squares, lambda fake, real: 0.5 * (fake - 1).square().mean(), {}),
+    "lsgan": (lambda real, fake, args:
+              0.5 * ((real - args.real_label).square().mean() + (fake - args.fake_label).square().mean()),
+              lambda fake, real: 0.5 * (fake - 1).square().mean(), {}),
     # Gulrajani et al. 2017
     "wgan-gp": (lambda real, fake, args: fake.mean() - real.mean(),
                 lambda fake, real: -fake.mean(), {"gp": 10.0}),
@@ -1052,12 +1034,13 @@ class RMSprop(torch.optim.RMSprop):
 
     def step(self):
         params = [p for p in self.param_groups[0]["params"] if p.grad is not None]
-        before = [self.state[p]["square_avg"].clone() for p in params if self.state[p]]
+        moments = [self.state[p]["square_avg"] for p in params if p in self.state]
+        before = [x.clone() for x in moments]
         for p in params:
             p.grad = torch.where(self.found_inf > 0, 0, p.grad)
         super().step()
-        for p, square in zip(params, before):
-            torch.where(self.found_inf > 0, square, self.state[p]["square_avg"], out=self.state[p]["square_avg"])
+        for x, old in zip(moments, before):
+            torch.where(self.found_inf > 0, old, x, out=x)
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": RMSprop}
@@ -1127,7 +1110,8 @@ class Run:
 def prepare_step(run, state):
     """Put what Python decides where the step finds it: random numbers, learning rates, the average's."""
     lr_g, lr_d, share, turn = run.at(state.step)
-    generator_of(run.device).manual_seed(seed_of(run.args.seed, state.step, run.rank))
+    own = {"cuda": torch.cuda, "mps": torch.mps}.get(run.device.type, torch.default_generator)
+    own.manual_seed(seed_of(run.args.seed, state.step, run.rank))  # torch's seeds all there are, in 150 µs
     state.G.lr.fill_(lr_g)
     state.D.lr.fill_(lr_d)
     state.ema.share.fill_(share)
@@ -1189,13 +1173,6 @@ def spread(x):
 def seed_of(*parts):
     """One 64-bit seed from several integers."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
-
-
-def generator_of(device):
-    """The device's own random generator; torch.manual_seed, which seeds all there are, takes 150 µs."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index]
-    return torch.mps if device.type == "mps" else torch.default_generator
 
 
 # ---- the step as a CUDA graph ----------------------------------------------------------------------------
@@ -1333,7 +1310,7 @@ class Signals:
 
     def __init__(self, group):
         self.received, self.group, self.pending = 0, group, None
-        for number in SIGNALS:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
@@ -1369,14 +1346,14 @@ class Watch:
     def __init__(self, run):
         self.run = run
         if run.args.fid_every:
-            import evaluate
+            import evaluate  # here alone: who does not track FID needs none of it
             evaluate.find_weights()  # or one line why not, before any work
         try:
             (run.out / "grids").mkdir(parents=True, exist_ok=True)
             self.lock = lock(run.out)  # for as long as this file is open
         except OSError as error:
             fail(f"--out {run.out}: {error.strerror}")
-        self.bar, self.began = None, time.perf_counter()
+        self.bar, self.began = tqdm(disable=True), time.perf_counter()
         self.times = []  # when the interval's steps began and ended
         self.recent = []  # lines of the last epoch
 
@@ -1491,9 +1468,13 @@ class Watch:
         if picture:
             self.trackers.log({}, state.step, picture)
 
-    def score(self, state, fid, seconds, better):
-        """A line in fid.jsonl; best.pt where it is the lowest FID so far."""
-        run, n = self.run, min(self.run.args.fid_num, len(self.run.data.rows))
+    def score(self, state):
+        """FID of the averaged generator, into fid.jsonl; best.pt where it is the lowest so far."""
+        import evaluate
+        run, start, n = self.run, time.perf_counter(), min(self.run.args.fid_num, len(self.run.data.rows))
+        rows = np.random.default_rng(run.args.seed).permutation(len(run.data.rows))[:n]  # lend conditions
+        fid = evaluate.fid_against_data(draw(run, state, rows), run.args.data, n, run.device)
+        seconds, better = time.perf_counter() - start, not state.best or fid < state.best["fid"]
         append_line(run.out / "fid.jsonl", {
             "step": state.step, "epoch": round(state.step / run.steps_per_epoch, 4), "fid": fid,
             "n_generated": n, "n_real": n, "seconds": round(seconds, 1)})
@@ -1503,10 +1484,10 @@ class Watch:
         self.logged += seconds  # images/s are those of training
         if better:
             save_generator(run, state, "best.pt")
+        return fid
 
     def close(self):
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     def end(self, state, name, **more):
         """The last word of a run that finished or was interrupted."""
@@ -1550,7 +1531,7 @@ def describe(run, state, run_id):
 def write_status(run, state, name, **more):
     write_json(run.out / "status.json", {
         "state": name, "step": state.step, "steps": run.total, **more, "warnings": [*state.notes.values()],
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "host": socket.gethostname()})
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "host": platform.node()})
 
 
 def append_line(path, value):
@@ -1618,26 +1599,19 @@ def over(run, state):
 
 def track_fid(run, state, watch):
     """Where it is due, score the averaged generator on the first process; keep on all what the best was."""
-    best, step, every = state.best, state.step, (run.args.fid_every or 0) * run.steps_per_epoch
-    if not every or not step or step % every and step != run.total or best and best["last"] == step:
+    best, step, every = state.best, state.step, run.args.fid_every
+    due = every and step and (step % (every * run.steps_per_epoch) == 0 or step == run.total)
+    if not due or best and best["last"] == step:
         return
-    if run.data.sampling_dial(run, step) < len(run.model["sizes"]) - 1:  # not yet drawing at its full size
+    if run.data.sampling_dial(run, step) < len(run.model["sizes"]) - 1:  # not yet at its full size
         return
     save(run, state)  # scoring takes longer than torchrun waits after a signal
-    start, fid = time.perf_counter(), run.on_first(score, run, state)
-    better = best is None or fid < best["fid"]
-    best = {"fid": fid, "step": step, "since": 0} if better else best | {"since": best["since"] + 1}
-    state.best = best | {"last": step}
-    watch.score(state, fid, time.perf_counter() - start, better)
+    fid = run.on_first(watch.score, state)
+    if best is None or fid < best["fid"]:
+        best = {"fid": fid, "step": step, "since": -1}
+    state.best = best | {"since": best["since"] + 1, "last": step}
     if over(run, state) and step < run.total:
-        watch.say(f"--patience {run.args.patience}: the best FID is still that of step {state.best['step']}")
-
-
-def score(run, state):
-    """FID of the averaged generator, as many images as of DATA, which lend their conditions."""
-    import evaluate  # here alone: who does not track FID needs none of it
-    rows = np.random.default_rng(run.args.seed).permutation(len(run.data.rows))[:run.args.fid_num]
-    return evaluate.fid_against_data(draw(run, state, rows), run.args.data, len(rows), run.device)
+        watch.say(f"--patience {run.args.patience}: the best FID is still that of step {best['step']}")
 
 
 # ---- main ------------------------------------------------------------------------------------------------
@@ -1648,18 +1622,15 @@ def find_precision(name, device):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = capable.get("avx512_bf16") or capable.get("amx_bf16")
-    return "bf16" if device.type == "cpu" and fast else "off"
+    capable = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if capable.get("avx512_bf16") or capable.get("amx_bf16") else "off"
 
 
 def make_run(args):
     """Run of these options, on this DATA and this machine, or one line that says why not."""
-    rank, world, local_world = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
-    device, data = find_device(args.device, local_world), Data(args.data)
-    batch, parts = args.batch_size, args.grad_accum
-    kind = ARCHITECTURES[args.arch][2]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = find_device(args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    data, kind, batch, parts = Data(args.data), ARCHITECTURES[args.arch][2], args.batch_size, args.grad_accum
     if not data.meta.get(kind.key):
         fitting = [name for name, entry in ARCHITECTURES.items() if data.meta.get(entry[2].key)]
         fail(f"--arch {args.arch}: {args.data} holds no {kind.unit}; it is for --arch {' or '.join(fitting)}")
@@ -1721,7 +1692,7 @@ def main():
     watch = Watch(run) if run.rank == 0 else Mute()
     if run.world > 1:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
-        run = dataclasses.replace(run, group=dist.new_group(backend="gloo"))
+        run = replace(run, group=dist.new_group(backend="gloo"))
 
     saved, path = run.on_first(find_checkpoint, run)  # RUN need not be visible on every node
     if saved is not None:
