@@ -471,7 +471,8 @@ class Discriminator(nn.Module):
         self.starts = [(m.sizes[-1] // size).bit_length() - 1 for size in m.sizes]  # first stage of each size
         self.stems = nn.ModuleList(self.stem(m.channels, widths[start]) for start in self.starts)
         self.stages = nn.ModuleList(self.stage(a, b) for a, b in zip(widths, widths[1:]))
-        self.head, self.places = self.last(widths[-1], m.sizes[-1] >> m.depth), (m.sizes[-1] >> m.depth) ** 2
+        base = m.sizes[-1] >> m.depth
+        self.head, self.places = self.last(widths[-1], base), base * base
         self.apply(self.init)
         if not self.normalised:  # or the signal would fade on its way
             self.stems.apply(he_init), self.stages.apply(he_init)
@@ -912,6 +913,7 @@ class Player(Saved):
         self.name, self.net, self.params = name, net, list(net.parameters())
         self.weights, self.statistics = flatten(net)
         self.skip = torch.zeros((), device=run.device)  # 1 where the last update was left out
+        self.clipped = torch.zeros_like(self.skip)  # 1 where its gradient was cut to --clip-grad
         self.skips = torch.zeros(3, device=run.device)  # in all, in a row, the longest row of an interval
         exact = torch.float64 if run.device.type == "cpu" else torch.float32
         self.optimizer = OPTIMIZERS[run.args.optimizer](
@@ -943,6 +945,7 @@ class Player(Saved):
         norm = nn.utils.get_total_norm(grads)
         if run.args.clip_grad:
             nn.utils.clip_grads_with_norm_(params, run.args.clip_grad, norm)
+            torch.gt(norm, run.args.clip_grad, out=self.clipped)
         torch.ne((norm + loss) * 0, 0, out=self.skip)  # infinity and NaN times 0 are NaN
         self.optimizer.step()
         self.scaler.update()
@@ -952,8 +955,7 @@ class Player(Saved):
         total += self.skip
         row.add_(1).mul_(self.skip)
         torch.maximum(longest, row, out=longest)
-        clipped = {f"clipped_{self.name}": norm > run.args.clip_grad} if run.args.clip_grad else {}
-        return {f"grad_norm_{self.name}": norm, **clipped}
+        return {f"grad_norm_{self.name}": norm, f"clipped_{self.name}": self.clipped}
 
 
 class Average(Saved):
@@ -1306,7 +1308,7 @@ def check_same(run, saved, path):
 
 
 class Signals:
-    """Notes SIGINT, SIGTERM, SIGUSR1; agreed() tells all processes alike which one ends the run, or 0."""
+    """Notes a signal; agreed() tells all processes alike which one ends the run, or 0."""
 
     def __init__(self, group):
         self.received, self.group, self.pending = 0, group, None
@@ -1381,9 +1383,9 @@ class Watch:
         write_status(run, state, "running")
         self.trackers = Trackers(run.args.tracker, out, run_id, state.step, config)
         data, batch = run.data, run.args.batch_size
-        classes = data.conditions is not None and data.conditions.ndim == 1  # the grids show all in turn
+        classes = data.conditions is not None and data.conditions.ndim == 1
         order = np.argsort(data.conditions, kind="stable") if classes else np.arange(len(data.rows))
-        self.grid_rows = order[::max(1, len(order) // GRID)][:GRID]
+        self.grid_rows = order[::max(1, len(order) // GRID)][:GRID]  # spread over DATA, classes in turn
         data.write(out / "grids" / "real", data.rows[self.grid_rows])
         self.first_step, self.logged = state.step, time.perf_counter()
         print(f"{out}: {run.args.arch} {'×'.join(str(n) for n in data.rows.shape[1:])}, "
@@ -1410,10 +1412,9 @@ class Watch:
         ms = [1000 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
               for begin, end in zip(self.times[::2], self.times[1::2])]
         (lr_g, lr_d, _, turn), now = run.at(state.step - 1), time.perf_counter()
-        unclipped = {} if run.args.clip_grad else {"clipped_g": 0.0, "clipped_d": 0.0}
         rate = batch * len(ms) / (now - self.logged)
         line = {"step": state.step, "epoch": round(epoch, 4), "images": state.step * batch,
-                **means, **unclipped, "lr_g": lr_g, "lr_d": lr_d,
+                **means, "lr_g": lr_g, "lr_d": lr_d,
                 "temperature": turn.dial if run.data.dial_is == "temperature" else None,
                 "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
                 "images_per_second": rate}
@@ -1664,8 +1665,7 @@ def post_mortem(run, state):
         yield
     except Exception as error:
         with contextlib.suppress(Exception):  # a dead GPU or disk is not to hide the error itself
-            # unless another process has: the first to fail knows the cause
-            if json.loads((run.out / "status.json").read_text())["state"] != "failed":
+            if json.loads((run.out / "status.json").read_text())["state"] != "failed":  # the first knows why
                 write_status(run, state, "failed", error=f"{type(error).__name__}: {error}",
                              traceback="".join(traceback.format_exception(error)))
                 write_torch(run.out / "error.pt", checkpoint(run, state))
