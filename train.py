@@ -934,10 +934,7 @@ class Player(Saved):
         self.scaler.scale(loss / parts if parts > 1 else loss).backward(inputs=self.params)
 
     def update(self, run):
-        """Step, unless the gradient or loss of any process is not finite; returns what the log says of it.
-
-        That is decided on the device, and nobody waits for it.
-        """
+        """Step, unless a gradient or loss of any process is not finite: on the device, so nobody waits."""
         params = [p for p in self.params if p.grad is not None]  # a size that is not drawn yet has none
         grads = [p.grad for p in params]
         loss = run.average_(grads, sum(self.losses[1:], self.losses[0]))
@@ -1197,15 +1194,12 @@ def aside(function):
 
 
 def graphed(step, aside=aside, capture=capture, warm_up=3):
-    """`step`, captured once for each turn and replayed from then on: Python then launches one graph a step.
-
-    The first calls of a turn run as they are: libraries choose their kernels, optimisers make their moments.
-    """
+    """`step`, captured once for each turn, replayed from then on: Python then launches one graph a step."""
     calls, inputs, replays = Counter(), {}, {}
 
     def call(run, state, turn, *batch):
         calls[turn] += 1
-        if calls[turn] <= warm_up:
+        if calls[turn] <= warm_up:  # libraries choose their kernels, optimisers make their moments
             return aside(lambda: step(run, state, turn, *batch))
         if turn not in replays:
             inputs[turn] = [None if x is None else x.clone() for x in batch]
@@ -1232,10 +1226,7 @@ def load_file(path):
         with zipfile.ZipFile(path) as archive:  # torch.load itself does not compare checksums
             if torn := archive.testzip():
                 raise ValueError(f"checksum of {torn} does not fit")
-        value = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(value, dict):
-            raise ValueError("not a file that train.py wrote")
-        return value
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError:
@@ -1273,8 +1264,7 @@ def save_generator(run, state, name):
 def find_checkpoint(run):
     """The checkpoint to go on from as (dict, path), or (None, None) for a fresh start."""
     asked, latest, errors = run.args.resume, run.out / "checkpoint.pt", []
-    candidates = {"never": [], "auto": [latest, run.out / "checkpoint.prev.pt"]}.get(asked, [Path(asked)])
-    for path in candidates:
+    for path in {"never": [], "auto": [latest, run.out / "checkpoint.prev.pt"]}.get(asked, [Path(asked)]):
         if asked == "auto" and not path.exists():
             continue
         try:
