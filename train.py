@@ -10,7 +10,6 @@ grids/. SIGINT, SIGTERM, SIGUSR1, SIGHUP finish the step, save and exit with 75;
 
 import contextlib
 import copy
-import dataclasses
 import errno
 import importlib.util
 import io
@@ -20,18 +19,15 @@ import os
 import pickle
 import platform
 import signal
-import socket
 import sys
 import time
 import traceback
-import uuid
 import zipfile
 from argparse import Namespace
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +67,7 @@ def parse_args(argv=None):
 
     add = parser.group("networks")
     add("--arch", choices=list(ARCHITECTURES), default="dcgan",
-        help="; ".join( f"{name}: {G.__doc__.splitlines()[0]}" for name, (G, _, _) in ARCHITECTURES.items()))
+        help="; ".join(f"{name}: {G.__doc__.splitlines()[0]}" for name, (G, _, _) in ARCHITECTURES.items()))
     add("--width", type=count, default=64, help="channels at the highest resolution, doubled at each halving")
     add("--width-d", type=count, help="the same of D alone (default: as --width)")
     add = parser.group("networks of images", needs=[images])
@@ -83,8 +79,7 @@ def parse_args(argv=None):
     add("--spectral-norm", action="store_true", excludes="--arch resnet", help="of D's weights")
     add("--attention", action="store_true", needs="--condition text", help="words attend to places in G")
     add("--cond-augment", type=weight, default=0.0, metavar="WEIGHT", needs="--condition label or text",
-        help="G draws its condition from a normal distribution around it; weight of that distribution's "
-        "divergence")
+        help="G draws its condition from a normal distribution around it; weight of its divergence")
     add("--grow", metavar="SIZES", excludes="--compile", help="sizes to grow through, as 16,32,64")
 
     add = parser.group("objective")
@@ -164,9 +159,10 @@ class Images:
     """DATA of images, and what G and D are told of each: nothing, its class, or one of its captions.
 
     rows (N, H, W, C) uint8; conditions: None, labels (N,), captions (N, K, L) of token ids, or their
-    embeddings (N, K, n). The dial is the size drawn, see Generator.
+    embeddings (N, K, n).
     """
-    unit = "images"
+    unit, dial_is = "images", "size drawn"  # see Generator
+    key = "size"  # what the meta.json of this kind alone has
 
     @staticmethod
     def add_options(parser):
@@ -179,20 +175,21 @@ class Images:
         add("--diffaug", action="store_true", help="DiffAugment real and generated images alike: for some "
             "thousand images")
 
-    @staticmethod
-    def fits(meta):
-        return meta["size"] is not None
-
     def __init__(self, args, data):
         self.meta, kind = data.meta, args.condition
-        self.steady = not args.grow  # every step does the same, and can be recorded
-        if kind != "none" and not data.meta["classes" if kind == "label" else "vocabulary"]:
+        if kind != "none" and not self.meta["classes" if kind == "label" else "vocabulary"]:
             fail(f"--condition {kind}: {args.data} has no {'classes' if kind == 'label' else 'captions'}")
-        if kind == "text" and data.meta.get("text_encoder"):
+        if kind == "text" and self.meta.get("text_encoder"):
             kind = "vector"
-        self.condition, self.rows = kind, data.array("images")
         name = {"none": None, "label": "labels", "text": "tokens", "vector": "embeddings"}[kind]
-        self.conditions = data.array(name) if name else None
+        self.condition, self.conditions = kind, data.array(name) if name else None
+        self.rows = data.array("images")
+        self.steady = not args.grow  # every step does the same, and can be recorded
+        # what generator.pt says of DATA
+        self.about = {k: self.meta.get(k) for k in ("classes", "vocabulary", "text_encoder")}
+        if kind == "label":
+            counts = np.bincount(self.conditions, minlength=len(self.meta["classes"]))
+            self.about["class_counts"] = counts.tolist()
 
     def model(self, args):
         """What build_networks() takes, from the options and from DATA."""
@@ -201,12 +198,17 @@ class Images:
         if size % 2 ** depth or not 2 <= size >> depth <= 15:
             fail(f"--data {args.data}: {size} pixels halved {depth} times (--depth) do not end at 2 to 15; "
                  f"those of 28, 32, 64 or 128 do")
+        possible = [str(size >> i) for i in reversed(range(depth))]
+        sizes = args.grow.split(",") if args.grow else [str(size)]
+        if sizes[-1] != str(size) or sizes != [s for s in possible if s in sizes]:
+            fail(f"--grow {args.grow}: sizes separated by commas, of {', '.join(possible)}, up to the last")
         known = self.conditions.shape[2] if self.condition == "vector" else len(
             {"none": (), "label": meta["classes"], "text": meta["vocabulary"]}[self.condition])
-        names = "arch width width_d extra_convs latent_dim norm_d spectral_norm attention".split()
+        names = ("arch", "width", "width_d", "extra_convs", "latent_dim", "norm_d", "spectral_norm",
+                 "attention", "cond_augment")
         return {name: getattr(args, name) for name in names} | {
-            "depth": depth, "sizes": find_sizes(args.grow, size, depth), "channels": meta["channels"],
-            "condition": self.condition, "known": known, "cond_augment": args.cond_augment}
+            "depth": depth, "sizes": [int(s) for s in sizes], "channels": meta["channels"],
+            "condition": self.condition, "known": known}
 
     def lr_g(self, run, step):
         return run.args.lr_g
@@ -221,12 +223,16 @@ class Images:
     def sampling_dial(self, run, step):
         return self.dial(run, max(step - 1, 0))
 
-    def temperature(self, run, step):
-        return None
-
     def real(self, run, images, dial):
         """What D tells from fakes: (B, C, size, size) in [-1, 1] of uint8 images (B, H, W, C), augmented."""
-        x, sizes = augment(images.permute(0, 3, 1, 2).float() / 127.5 - 1, run.args), run.model["sizes"]
+        args, x = run.args, images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        if args.flip:
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+        if args.crop_shift:
+            x = shift(x, args.crop_shift, "reflect")
+        if args.jitter:
+            x = colour(x, args.jitter).clamp(-1, 1)
+        sizes = run.model["sizes"]
         size = sizes[math.ceil(dial)]
         if size < x.shape[2]:
             x = F.avg_pool2d(x, x.shape[2] // size)
@@ -238,12 +244,6 @@ class Images:
     def step(self, *state_and_batch):
         train_step(*state_and_batch)
 
-    def grid_rows(self):
-        """The real images whose conditions the grid shows; of classes, all in turn."""
-        label = self.condition == "label"
-        order = np.argsort(self.conditions, kind="stable") if label else np.arange(len(self.rows))
-        return order[::max(1, len(order) // GRID)][:GRID]
-
     def samples(self, drawn):
         return to_pixels(drawn)
 
@@ -254,33 +254,10 @@ class Images:
             picture.save(file, "PNG")
         return picture
 
-    def about(self):
-        """What sample.py has to know of DATA."""
-        about = {k: self.meta.get(k) for k in ("classes", "vocabulary", "text_encoder")}
-        if self.condition == "label":
-            about["class_counts"] = np.bincount(self.conditions, minlength=len(about["classes"])).tolist()
-        return about
-
 
 def default_depth(size):
     """How often an image's side is halved: until 7 pixels or fewer are left, or an odd number."""
-    depth = 0
-    while size > 7 and size % 2 == 0:
-        size, depth = size // 2, depth + 1
-    return depth
-
-
-def find_sizes(grow, size, depth):
-    """The image sizes that training goes through; the last is the data's."""
-    try:
-        sizes = [int(part) for part in grow.split(",")] if grow else [size]
-    except ValueError:
-        fail(f"--grow {grow}: sizes separated by commas are needed, like 16,32,64")
-    smallest = size >> (depth - 1)
-    if sizes[-1] != size or sizes != sorted(set(sizes)) or any(
-            s < smallest or size % s or (size // s).bit_count() != 1 for s in sizes):
-        fail(f"--grow {grow}: must rise by factors of 2, 4, … from at least {smallest} to the data's {size}")
-    return sizes
+    return next(depth for depth in range(size) if size >> depth <= 7 or (size >> depth) % 2)
 
 
 def batches(run, start):
@@ -310,9 +287,7 @@ def batches(run, start):
     with ThreadPoolExecutor(1, "batches", *settle) as thread:
         ahead = thread.submit(gather, start)
         for step in range(start, run.total):
-            batch = ahead.result()
-            if step + 1 < run.total:
-                ahead = thread.submit(gather, step + 1)
+            batch, ahead = ahead.result(), thread.submit(gather, step + 1)
             yield batch
 
 
@@ -355,15 +330,6 @@ def make_grid(pixels, columns=8):
 
 
 # ---- augmentation, on the device: images (B, C, H, W) in [-1, 1] -----------------------------------------
-
-def augment(x, args):
-    """What --flip, --crop-shift and --jitter ask for, drawn for each image."""
-    if args.flip:
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
-    if args.crop_shift:
-        x = shift(x, args.crop_shift, "reflect")
-    return colour(x, args.jitter).clamp(-1, 1) if args.jitter else x
-
 
 def diffaug(x):
     """DiffAugment (Zhao et al. 2020): colour, shift by up to 1/8, a square of half the side cut out."""
@@ -415,8 +381,7 @@ class Encoder(nn.Module):
         self.neighbours = nn.Conv1d(EMBEDDING, EMBEDDING, 3, 1, 1) if kind == "text" else None
 
     def forward(self, condition):
-        words = mask = None
-        vector = self.embed(condition)
+        vector, words, mask = self.embed(condition), None, None
         if self.kind == "text":
             words, mask = vector + F.leaky_relu(self.neighbours(vector.mT).mT, 0.2), condition > 0
             vector = (words * (mask / mask.sum(1, keepdim=True).clamp(min=1)).unsqueeze(2)).sum(1)
@@ -480,17 +445,16 @@ class Generator(nn.Module):
                 vector = mean + noise * (log_variance / 2).exp()
             z = torch.cat([z, vector / 4], 1)  # at z's own scale G varies with the condition alone, forgets z
         level = len(self.heads) - 1 if dial is None else dial
-        drawn, x = math.ceil(level), z
+        drawn, x, maps = math.ceil(level), z, []
         for i, stage in enumerate(self.stages[:self.ends[drawn] + 1]):
             x = stage(x)
             if self.attend is not None and i == self.attended:
                 x = self.attend(x, words, mask)
-            if drawn and i == self.ends[drawn - 1]:
-                smaller = x
+            maps.append(x)
         image = self.heads[drawn](x)
         if level < drawn:  # progressive growing fades the new size in (Karras et al. 2018)
-            before = F.interpolate(self.heads[drawn - 1](smaller), size=image.shape[2:])
-            image = torch.lerp(before, image, level - drawn + 1)
+            before = self.heads[drawn - 1](maps[self.ends[drawn - 1]])
+            image = torch.lerp(F.interpolate(before, size=image.shape[2:]), image, level - drawn + 1)
         return image.tanh()
 
 
@@ -508,7 +472,8 @@ class Discriminator(nn.Module):
         self.starts = [(m.sizes[-1] // size).bit_length() - 1 for size in m.sizes]  # first stage of each size
         self.stems = nn.ModuleList(self.stem(m.channels, widths[start]) for start in self.starts)
         self.stages = nn.ModuleList(self.stage(a, b) for a, b in zip(widths, widths[1:]))
-        self.head, self.places = self.last(widths[-1], m.sizes[-1] >> m.depth), (m.sizes[-1] >> m.depth) ** 2
+        base = m.sizes[-1] >> m.depth
+        self.head, self.places = self.last(widths[-1], base), base * base
         self.apply(self.init)
         if not self.normalised:  # or the signal would fade on its way
             self.stems.apply(he_init), self.stages.apply(he_init)
@@ -559,10 +524,9 @@ class DCGANGenerator(Generator):
     init = staticmethod(dcgan_init)
 
     def block(self, a, b, extra, *shape):
-        layers = [nn.ConvTranspose2d(a, b, *shape, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
-        for _ in range(extra):
-            layers += [nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
-        return layers
+        convs = [nn.ConvTranspose2d(a, b, *shape, bias=False)]
+        convs += [nn.Conv2d(b, b, 3, 1, 1, bias=False) for _ in range(extra)]
+        return [layer for conv in convs for layer in (conv, nn.BatchNorm2d(b), nn.ReLU(True))]
 
     def first(self, inputs, width, base, extra):
         return nn.Sequential(nn.Unflatten(1, (inputs, 1, 1)), *self.block(inputs, width, extra, base, 1, 0))
@@ -665,7 +629,7 @@ class ResnetDiscriminator(Discriminator):
 
 class Texts:
     """DATA of texts, used as Images is: rows (N, L) of token ids, 0 = padding. The dial is a temperature."""
-    unit = "texts"
+    unit, dial_is, key = "texts", "temperature", "length"
     conditions, steady = None, False
 
     @staticmethod
@@ -674,8 +638,7 @@ class Texts:
         temperature = within(1e-6, 1e6)
         add("--pretrain-epochs", type=within(0, kind=int), default=0, help="the first of the epochs, in "
             "which G learns by likelihood alone")
-        add("--pretrain-lr", type=within(0, 1), default=5e-3, needs="--pretrain-epochs", help="its learning "
-            "rate")
+        add("--pretrain-lr", type=within(0, 1), default=5e-3, needs="--pretrain-epochs", help="learning rate")
         add("--temperature-schedule", choices=["epochs", "exponential"], default="epochs", help="of the "
             "Gumbel-softmax. epochs: times --temperature-decay each; exponential: evenly from start to end, "
             "RelGAN's with 1 and 0.01")
@@ -684,12 +647,9 @@ class Texts:
         add("--temperature-decay", type=within(0, 1), default=0.95, needs="--temperature-schedule epochs",
             help="factor an epoch")
 
-    @staticmethod
-    def fits(meta):
-        return bool(meta.get("length"))
-
     def __init__(self, args, data):
         self.meta, self.rows = data.meta, data.array("tokens")
+        self.about = {"vocabulary": self.meta["vocabulary"], "text_level": self.meta["level"]}
         self.pretrain_steps = args.pretrain_epochs * (len(self.rows) // args.batch_size)
 
     def model(self, args):
@@ -706,8 +666,6 @@ class Texts:
         if run.args.temperature_schedule == "exponential":  # Nie et al. 2019
             return start * (end / start) ** (done / max(run.schedule_steps - self.pretrain_steps, 1))
         return max(end, start * run.args.temperature_decay ** (done // run.steps_per_epoch))
-
-    temperature = dial
 
     def sampling_dial(self, run, step):
         return 1.0
@@ -728,19 +686,12 @@ class Texts:
         state.ema.update(state.G)
         state.meter.close()
 
-    def grid_rows(self):
-        return np.arange(0, len(self.rows), max(1, len(self.rows) // GRID))[:GRID]
-
     def samples(self, drawn):
         return drawn.argmax(2).cpu()
 
     def write(self, path, tokens):
         """PATH.txt of token ids (n, L), a line each."""
-        write_text(f"{path}.txt", "".join(line + "\n" for line in to_texts(
-            tokens, self.meta)))
-
-    def about(self):
-        return {"vocabulary": self.meta["vocabulary"], "text_level": self.meta["level"]}
+        write_text(f"{path}.txt", "".join(line + "\n" for line in to_texts(tokens, self.meta)))
 
 
 def to_texts(tokens, meta):
@@ -826,7 +777,7 @@ def architectures_of(kind):
 def build_networks(model):
     """(G, D) from what the kind of data's model() gave, as it is stored in checkpoints."""
     generator, discriminator, _ = ARCHITECTURES[model["arch"]]
-    G, D = generator(SimpleNamespace(**model)), discriminator(SimpleNamespace(**model))
+    G, D = generator(Namespace(**model)), discriminator(Namespace(**model))
     for module in (*G.modules(), *D.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.num_batches_tracked = None  # nobody reads it, and each costs a launch a pass
@@ -848,24 +799,20 @@ def load_generator(path, device="cpu"):
 
 # ---- objectives: logits of D -> scalar -------------------------------------------------------------------
 
-def cross_entropy(real, fake, args):
-    return (F.binary_cross_entropy_with_logits(real, torch.full_like(real, args.real_label))
-            + F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, args.fake_label)))
-
-
-def least_squares(real, fake, args):
-    return 0.5 * ((real - args.real_label).square().mean() + (fake - args.fake_label).square().mean())
-
-
 # name: (loss of D from (real, fake, args), loss of G from (fake, real), options that go with it unless named)
 LOSSES = {
     # Goodfellow et al. 2014, G non-saturating; smoothed targets: Salimans et al. 2016
-    "bce": (cross_entropy, lambda fake, real: F.softplus(-fake).mean(), {}),
+    "bce": (lambda real, fake, args:
+            F.binary_cross_entropy_with_logits(real, torch.full_like(real, args.real_label))
+            + F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, args.fake_label)),
+            lambda fake, real: F.softplus(-fake).mean(), {}),
     # Lim & Ye 2017
     "hinge": (lambda real, fake, args: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
               lambda fake, real: -fake.mean(), {}),
     # Mao et al. 2017
-    "lsgan": (least_squares, lambda fake, real: 0.5 * (fake - 1).square().mean(), {}),
+    "lsgan": (lambda real, fake, args:
+              0.5 * ((real - args.real_label).square().mean() + (fake - args.fake_label).square().mean()),
+              lambda fake, real: 0.5 * (fake - 1).square().mean(), {}),
     # Gulrajani et al. 2017
     "wgan-gp": (lambda real, fake, args: fake.mean() - real.mean(),
                 lambda fake, real: -fake.mean(), {"gp": 10.0}),
@@ -982,6 +929,7 @@ class Player(Saved):
         self.name, self.net, self.params = name, net, list(net.parameters())
         self.weights, self.statistics = flatten(net)
         self.skip = torch.zeros((), device=run.device)  # 1 where the last update was left out
+        self.clipped = torch.zeros_like(self.skip)  # 1 where its gradient was cut to --clip-grad
         self.skips = torch.zeros(3, device=run.device)  # in all, in a row, the longest row of an interval
         exact = torch.float64 if run.device.type == "cpu" else torch.float32
         self.optimizer = OPTIMIZERS[run.args.optimizer](
@@ -994,8 +942,7 @@ class Player(Saved):
 
     def load_state_dict(self, tree):
         super().load_state_dict(tree)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr  # the optimiser took the checkpoint's in its place
+        self.optimizer.param_groups[0]["lr"] = self.lr  # it took the checkpoint's in its place
 
     def backward(self, loss, parts):
         """Add the gradient of a loss, of one of so many parts of the batch."""
@@ -1003,10 +950,7 @@ class Player(Saved):
         self.scaler.scale(loss / parts if parts > 1 else loss).backward(inputs=self.params)
 
     def update(self, run):
-        """Step, unless the gradient or loss of any process is not finite; returns what the log says of it.
-
-        That is decided on the device, and nobody waits for it.
-        """
+        """Step, unless a gradient or loss of any process is not finite: on the device, so nobody waits."""
         params = [p for p in self.params if p.grad is not None]  # a size that is not drawn yet has none
         grads = [p.grad for p in params]
         loss = run.average_(grads, sum(self.losses[1:], self.losses[0]))
@@ -1014,6 +958,7 @@ class Player(Saved):
         norm = nn.utils.get_total_norm(grads)
         if run.args.clip_grad:
             nn.utils.clip_grads_with_norm_(params, run.args.clip_grad, norm)
+            torch.gt(norm, run.args.clip_grad, out=self.clipped)
         torch.ne((norm + loss) * 0, 0, out=self.skip)  # infinity and NaN times 0 are NaN
         self.optimizer.step()
         self.scaler.update()
@@ -1023,8 +968,7 @@ class Player(Saved):
         total += self.skip
         row.add_(1).mul_(self.skip)
         torch.maximum(longest, row, out=longest)
-        clipped = {f"clipped_{self.name}": norm > run.args.clip_grad} if run.args.clip_grad else {}
-        return {f"grad_norm_{self.name}": norm, **clipped}
+        return {f"grad_norm_{self.name}": norm, f"clipped_{self.name}": self.clipped}
 
 
 class Average(Saved):
@@ -1104,13 +1048,13 @@ class RMSprop(torch.optim.RMSprop):
         super().__init__(params, lr.cpu(), betas[1])  # it reads its learning rate: on the host nobody waits
 
     def step(self):
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        squares = [self.state[p]["square_avg"] for p in params if p in self.state]
-        before = [x.clone() for x in squares]
+        params = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        moments = [self.state[p]["square_avg"] for p in params if p in self.state]
+        before = [x.clone() for x in moments]
         for p in params:
             p.grad = torch.where(self.found_inf > 0, 0, p.grad)
         super().step()
-        for x, old in zip(squares, before):
+        for x, old in zip(moments, before):
             torch.where(self.found_inf > 0, old, x, out=x)
 
 
@@ -1181,7 +1125,8 @@ class Run:
 def prepare_step(run, state):
     """Put what Python decides where the step finds it: random numbers, learning rates, the average's."""
     lr_g, lr_d, share, turn = run.at(state.step)
-    generator_of(run.device).manual_seed(seed_of(run.args.seed, state.step, run.rank))
+    own = {"cuda": torch.cuda, "mps": torch.mps}.get(run.device.type, torch.default_generator)
+    own.manual_seed(seed_of(run.args.seed, state.step, run.rank))  # torch's seeds all there are, in 150 µs
     state.G.lr.fill_(lr_g)
     state.D.lr.fill_(lr_d)
     state.ema.share.fill_(share)
@@ -1246,13 +1191,6 @@ def seed_of(*parts):
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
-def generator_of(device):
-    """The device's own random generator; torch.manual_seed, which seeds all there are, takes 150 µs."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index]
-    return torch.mps if device.type == "mps" else torch.default_generator
-
-
 # ---- the step as a CUDA graph ----------------------------------------------------------------------------
 
 def capture(function):
@@ -1273,15 +1211,12 @@ def aside(function):
 
 
 def graphed(step, aside=aside, capture=capture, warm_up=3):
-    """`step`, captured once for each turn and replayed from then on: Python then launches one graph a step.
-
-    The first calls of a turn run as they are: libraries choose their kernels, optimisers make their moments.
-    """
+    """`step`, captured once for each turn, replayed from then on: Python then launches one graph a step."""
     calls, inputs, replays = Counter(), {}, {}
 
     def call(run, state, turn, *batch):
         calls[turn] += 1
-        if calls[turn] <= warm_up:
+        if calls[turn] <= warm_up:  # libraries choose their kernels, optimisers make their moments
             return aside(lambda: step(run, state, turn, *batch))
         if turn not in replays:
             inputs[turn] = [None if x is None else x.clone() for x in batch]
@@ -1306,19 +1241,15 @@ def load_file(path):
     """A dict of tensors, numbers and strings from a .pt file; ValueError if damaged or if code would run."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load itself does not compare checksums
-            torn = archive.testzip()
-        if torn:
-            raise ValueError(f"checksum of {torn} does not fit")
-        value = torch.load(path, map_location="cpu", weights_only=True)
+            if torn := archive.testzip():
+                raise ValueError(f"checksum of {torn} does not fit")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: holds more than tensors and numbers, which could run code") from None
     except Exception as error:  # damage shows in many ways
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error).splitlines()[0]})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a file that train.py wrote")
-    return value
 
 
 def checkpoint(run, state):
@@ -1328,7 +1259,7 @@ def checkpoint(run, state):
 
 
 def save(run, state):
-    """Write checkpoint.pt (the last becomes checkpoint.prev.pt) and generator.pt. All processes call it."""
+    """Write generator.pt, checkpoint.pt (the last becomes checkpoint.prev.pt), status.json. All call it."""
     sums = run.sum(state.meter.sums)
     if run.rank != 0:
         return
@@ -1337,34 +1268,34 @@ def save(run, state):
     if (run.out / "checkpoint.pt").exists():
         os.replace(run.out / "checkpoint.pt", run.out / "checkpoint.prev.pt")
     os.replace(run.out / "checkpoint.next.pt", run.out / "checkpoint.pt")
+    write_status(run, state, "running")
 
 
 def save_generator(run, state, name):
     write_torch(run.out / name, {
         "format": FORMAT, "generator": state.ema.net.state_dict(), "model": run.model, "step": state.step,
         "dial": run.data.sampling_dial(run, state.step), "seed": run.args.seed,
-        "name": str(run.data.meta["name"]), **run.data.about()})
+        "name": str(run.data.meta["name"]), **run.data.about})
 
 
 def find_checkpoint(run):
     """The checkpoint to go on from as (dict, path), or (None, None) for a fresh start."""
-    names = {"never": [], "auto": [run.out / "checkpoint.pt", run.out / "checkpoint.prev.pt"]}
-    named, errors = run.args.resume not in names, []
-    for path in names.get(run.args.resume, [run.args.resume]):
+    asked, latest, errors = run.args.resume, run.out / "checkpoint.pt", []
+    for path in {"never": [], "auto": [latest, run.out / "checkpoint.prev.pt"]}.get(asked, [Path(asked)]):
+        if asked == "auto" and not path.exists():
+            continue
         try:
             saved = load_file(path)
         except (OSError, ValueError) as error:
-            if named:
-                fail(f"--resume {error}")
-            errors += [] if isinstance(error, FileNotFoundError) else [str(error)]
+            errors.append(str(error))
             continue
+        check_same(run, saved, path)
         if errors:
             print(f"train.py: {errors[0]}; going on from {path} instead", file=sys.stderr, flush=True)
-            (run.out / "checkpoint.pt").unlink()  # or the next save would put it in the place of the good one
-        check_same(run, saved, path)
+            latest.unlink()  # or the next save would put it in the place of the good one
         return saved, path
     if errors:
-        fail(f"no checkpoint can be read: {'; '.join(errors)}; start over with --resume never")
+        fail(f"--resume {asked}: {'; '.join(errors)}; start over with --resume never")
     return None, None
 
 
@@ -1373,11 +1304,10 @@ def check_same(run, saved, path):
     if saved.get("format") != FORMAT:
         fail(f"{path}: of another version of train.py: go on with that, or start over with --resume never")
     options, asked, model = saved["options"], vars(run.args), saved["model"]
-    changed = [f"{flag(k) if k in asked else k} {model.get(k)} there, {v} asked" for k, v in run.model.items()
-               if model.get(k) != v]
-    free = {*FREE, *run.model} - ({"epochs"} if asked["grow"] else set())  # whose sizes hang on their number
-    changed += [f"{flag(k)} {options.get(k)} there, {v} asked" for k, v in asked.items()
-                if k not in free and options.get(k) != v]
+    free = FREE - ({"epochs"} if asked["grow"] else set())  # whose sizes hang on their number
+    there, here = options | model, {k: v for k, v in asked.items() if k not in free} | run.model
+    changed = [f"{flag(k) if k in asked else k} {there.get(k)} there, {v} asked" for k, v in here.items()
+               if there.get(k) != v]
     if saved["fingerprint"] != run.data.meta["fingerprint"]:
         changed.append(f"the {run.data.unit} in {run.args.data} are not those it was trained on")
     if changed:
@@ -1422,53 +1352,56 @@ class Watch:
     """RUN/ and the terminal: log, grids, status, trackers, notes. Of the state it changes the notes alone."""
 
     def __init__(self, run):
-        self.run, self.run_id = run, uuid.uuid4().hex
+        self.run = run
         if run.args.fid_every:
-            import evaluate
+            import evaluate  # here alone: who does not track FID needs none of it
             evaluate.find_weights()  # or one line why not, before any work
         try:
             (run.out / "grids").mkdir(parents=True, exist_ok=True)
             self.lock = lock(run.out)  # for as long as this file is open
         except OSError as error:
             fail(f"--out {run.out}: {error.strerror}")
-        self.bar = self.trackers = self.line = None
-        self.first_step, self.began, self.logged = 0, time.perf_counter(), 0.0
+        self.bar, self.began = tqdm(disable=True), time.perf_counter()
         self.times = []  # when the interval's steps began and ended
-        self.steps, self.ms, self.ms_min, self.ms_max = 0, 0.0, math.inf, 0.0  # of all since the start
         self.recent = []  # lines of the last epoch
 
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""
         run, out = self.run, self.run.out
-        for leftover in [*out.glob("*.tmp"), *out.glob("grids/*.tmp"), *out.glob("checkpoint.next.pt")]:
-            leftover.unlink()
-        ours = (out / "config.json").exists()
-        if path is None:  # a fresh start leaves nothing of an earlier run
+        for left in [*out.glob("*.[0-9]*.tmp"), *out.glob("grids/*.[0-9]*.tmp"), out / "checkpoint.next.pt"]:
+            left.unlink(missing_ok=True)
+        run_id = os.urandom(16).hex()
+        if path:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                run_id = json.loads((out / "config.json").read_text())["run_id"]
+        else:  # a fresh start leaves nothing of an earlier run
             names = ["log.jsonl", "fid.jsonl", "best.pt"]
             if run.args.resume == "never":
                 names += ["checkpoint.pt", "checkpoint.prev.pt", "generator.pt", "error.pt"]
             for old in [*(out / name for name in names if (out / name).exists()), *out.glob("grids/step_*")]:
-                if not ours:
+                if not (out / "config.json").exists():
                     fail(f"--out {out} holds {old.name} but no config.json, so no run: choose another folder")
                 old.unlink()
-        else:
-            for name in ("log.jsonl", "fid.jsonl"):
-                trim_log(out / name, state.step)
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                self.run_id = json.loads((out / "config.json").read_text())["run_id"]
-        config = describe(run, state, self.run_id)
+        for log in (out / "log.jsonl", out / "fid.jsonl"):
+            if log.exists():  # what came after this step is about to be trained again
+                lines = [line for line in read_lines(log) if line["step"] <= state.step]
+                write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
+        config = describe(run, state, run_id)
         write_json(out / "config.json", config)
-        self.trackers = Trackers(run.args.tracker, out, self.run_id, state.step, config)
-        run.data.write(out / "grids" / "real", run.data.rows[run.data.grid_rows()])
-        self.status(state, "running")
-        self.first_step, self.logged, batch = state.step, time.perf_counter(), run.args.batch_size
-        shape = "×".join(str(n) for n in run.data.rows.shape[1:])
-        millions = [f"{len(player.weights) / 1e6:.2f} M" for player in (state.G, state.D)]
-        print(f"{out}: {run.args.arch} {shape}, G {millions[0]} and D {millions[1]} parameters; "
-              f"{len(run.data.rows)} {run.data.unit}; steps {state.step} to {run.total} of {batch}; "
+        write_status(run, state, "running")
+        self.trackers = Trackers(run.args.tracker, out, run_id, state.step, config)
+        data, batch = run.data, run.args.batch_size
+        classes = data.conditions is not None and data.conditions.ndim == 1
+        order = np.argsort(data.conditions, kind="stable") if classes else np.arange(len(data.rows))
+        self.grid_rows = order[::max(1, len(order) // GRID)][:GRID]  # spread over DATA, classes in turn
+        data.write(out / "grids" / "real", data.rows[self.grid_rows])
+        self.first_step, self.logged = state.step, time.perf_counter()
+        print(f"{out}: {run.args.arch} {'×'.join(str(n) for n in data.rows.shape[1:])}, "
+              f"G {len(state.G.weights) / 1e6:.2f} M and D {len(state.D.weights) / 1e6:.2f} M parameters; "
+              f"{len(data.rows)} {data.unit}; steps {state.step} to {run.total} of {batch}; "
               f"{run.device} × {run.world}, {'fp32' if run.amp == 'off' else run.amp}"
               + (f"; going on from {path}" if path else ""), flush=True)
-        self.bar = tqdm(total=run.total * batch, initial=state.step * batch, unit=f" {run.data.unit}",
+        self.bar = tqdm(total=run.total * batch, initial=state.step * batch, unit=f" {data.unit}",
                         bar_format="{desc} {percentage:3.0f}% {rate_noinv_fmt}, {remaining} left{postfix}",
                         mininterval=1, disable=None)
 
@@ -1481,39 +1414,33 @@ class Watch:
             self.times.append(time.perf_counter())
         self.bar.update(images)
 
-    def log(self, state, means, skipped_g, skipped_d):
+    def log(self, state, means):
         """A line in log.jsonl, for the trackers and for people; see whether it shows what should be said."""
-        run, batch = self.run, self.run.args.batch_size
+        run, batch, epoch = self.run, self.run.args.batch_size, state.step / self.run.steps_per_epoch
         ms = [1000 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
               for begin, end in zip(self.times[::2], self.times[1::2])]
-        (lr_g, lr_d, *_), past = run.at(state.step - 1), time.perf_counter() - self.logged
-        unclipped = {} if run.args.clip_grad else {"clipped_g": 0.0, "clipped_d": 0.0}
-        self.line = {
-            **self.place(state), "images": state.step * batch, **means, **unclipped, "lr_g": lr_g,
-            "lr_d": lr_d, "temperature": run.data.temperature(run, state.step - 1), "skipped_g": skipped_g,
-            "skipped_d": skipped_d, "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
-            "images_per_second": batch * len(ms) / past}
-        self.steps, self.ms = self.steps + len(ms), self.ms + sum(ms)
-        self.ms_min, self.ms_max = min(self.ms_min, *ms), max(self.ms_max, *ms)
-        self.times, self.logged = [], time.perf_counter()
-        append_line(run.out / "log.jsonl", self.line)
-        self.diagnose(state)
-        self.trackers.log(self.line, state.step)
+        (lr_g, lr_d, _, turn), now = run.at(state.step - 1), time.perf_counter()
+        rate = batch * len(ms) / (now - self.logged)
+        line = {"step": state.step, "epoch": round(epoch, 4), "images": state.step * batch,
+                **means, "lr_g": lr_g, "lr_d": lr_d,
+                "temperature": turn.dial if run.data.dial_is == "temperature" else None,
+                "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
+                "images_per_second": rate}
+        self.times, self.logged = [], now
+        append_line(run.out / "log.jsonl", line)
+        self.diagnose(state, line)
+        self.trackers.log(line, state.step)
         shown = [f"{means[k]:.3f}" if means[k] is not None else "none" for k in STATS[:4]]
-        self.bar.set_description(f"epoch {self.line['epoch']:.1f}", refresh=False)
+        self.bar.set_description(f"epoch {epoch:.1f}", refresh=False)
         self.bar.set_postfix_str("G {:.4} D {:.4} right {:.4}/{:.4}".format(*shown), refresh=False)
         if self.bar.disable:
-            rate = self.line["images_per_second"]
-            print(f"step {state.step}/{run.total}  epoch {self.line['epoch']:.2f}  "
+            print(f"step {state.step}/{run.total}  epoch {epoch:.2f}  "
                   + "  ".join(f"{k} {v}" for k, v in zip(STATS, shown)) + f"  {rate:.0f} {run.data.unit}/s  "
                   f"{tqdm.format_interval((run.total - state.step) * batch / rate)} left", flush=True)
 
-    def place(self, state):
-        return {"step": state.step, "epoch": round(state.step / self.run.steps_per_epoch, 4)}
-
-    def diagnose(self, state):
+    def diagnose(self, state, line):
         """Say in words, once each, what the last epoch's lines show; status.json keeps it."""
-        args, epoch, lines = self.run.args, self.run.steps_per_epoch, self.recent + [self.line]
+        args, epoch, lines = self.run.args, self.run.steps_per_epoch, self.recent + [line]
         self.recent = [x for x in lines if x["step"] > state.step - epoch or x in lines[-3:]]
         if state.step - self.first_step < max(epoch, 200):  # the first steps of any run look bad
             return
@@ -1544,45 +1471,48 @@ class Watch:
 
     def grid(self, state):
         """grids/step_*.png of the same latents and conditions all along, from the averaged generator."""
-        run = self.run
-        samples = draw(run, state, np.resize(run.data.grid_rows(), GRID))
+        samples = draw(self.run, state, np.resize(self.grid_rows, GRID))
         for name in (f"step_{state.step:07d}", "latest"):
-            picture = run.data.write(run.out / "grids" / name, samples)
+            picture = self.run.data.write(self.run.out / "grids" / name, samples)
         if picture:
             self.trackers.log({}, state.step, picture)
 
-    def score(self, state, fid, seconds, better):
-        """A line in fid.jsonl; best.pt where it is the lowest FID so far."""
-        run, n = self.run, fid_num(self.run)
-        append_line(run.out / "fid.jsonl", self.place(state) | {
-            "fid": fid, "n_generated": n, "n_real": n, "seconds": round(seconds, 1)})
+    def score(self, state):
+        """FID of the averaged generator, into fid.jsonl; best.pt where it is the lowest so far."""
+        import evaluate
+        run, start, n = self.run, time.perf_counter(), min(self.run.args.fid_num, len(self.run.data.rows))
+        rows = np.random.default_rng(run.args.seed).permutation(len(run.data.rows))[:n]  # lend conditions
+        fid = evaluate.fid_against_data(draw(run, state, rows), run.args.data, n, run.device)
+        seconds, better = time.perf_counter() - start, not state.best or fid < state.best["fid"]
+        append_line(run.out / "fid.jsonl", {
+            "step": state.step, "epoch": round(state.step / run.steps_per_epoch, 4), "fid": fid,
+            "n_generated": n, "n_real": n, "seconds": round(seconds, 1)})
         tqdm.write(f"step {state.step}  FID {fid:.2f} ({n} generated, {n} real; {seconds:.1f} s)"
                    + ("  the best so far" if better else ""))
         self.trackers.log({"fid": fid}, state.step)
         self.logged += seconds  # images/s are those of training
         if better:
             save_generator(run, state, "best.pt")
+        return fid
 
-    def status(self, state, name, **more):
-        write_status(self.run, state, name, **more)
+    def close(self):
+        self.bar.close()
 
     def end(self, state, name, **more):
         """The last word of a run that finished or was interrupted."""
-        seconds = time.perf_counter() - self.began
-        self.close()
-        self.status(state, name, **more, seconds=round(seconds, 1))
+        out, seconds = self.run.out, time.perf_counter() - self.began
+        write_status(self.run, state, name, **more, seconds=round(seconds, 1))
         self.trackers.close()
-        if name == "finished" and self.line:
-            line, out = self.line, self.run.out
-            print(f"finished {state.step} steps ({line['epoch']:.1f} epochs), {self.steps} of them in "
-                  f"{seconds / 60:.1f} min\n"
-                  f"step     {self.ms / self.steps:.1f} ms mean, {self.ms_min:.1f} to {self.ms_max:.1f}\n"
-                  f"skipped  {line['skipped_g']} updates of G, {line['skipped_d']} of D (not finite)\n"
+        lines = [line for line in read_lines(out / "log.jsonl") if line["step"] > self.first_step]
+        if name == "finished" and lines:
+            mean = sum(line["ms_per_step"] for line in lines) / len(lines)
+            fastest, slowest = min(line["ms_min"] for line in lines), max(line["ms_max"] for line in lines)
+            last = lines[-1]
+            print(f"finished {state.step} steps ({last['epoch']:.1f} epochs), {state.step - self.first_step} "
+                  f"of them in {seconds / 60:.1f} min\n"
+                  f"step     {mean:.1f} ms mean, {fastest:.1f} to {slowest:.1f}\n"
+                  f"skipped  {last['skipped_g']} updates of G, {last['skipped_d']} of D (not finite)\n"
                   f"files    {out}/generator.pt, {out}/log.jsonl, {out}/grids/", flush=True)
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
 
     say = staticmethod(tqdm.write)
 
@@ -1610,19 +1540,12 @@ def describe(run, state, run_id):
 def write_status(run, state, name, **more):
     write_json(run.out / "status.json", {
         "state": name, "step": state.step, "steps": run.total, **more, "warnings": [*state.notes.values()],
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "host": socket.gethostname()})
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "host": platform.node()})
 
 
 def append_line(path, value):
     with open(path, "a") as file:
         file.write(json.dumps(value, allow_nan=False) + "\n")
-
-
-def trim_log(path, step):
-    """Keep the lines up to a step: what came after it is about to be trained again."""
-    lines = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
-    if path.exists():
-        write_text(path, "".join(lines))
 
 
 def draw(run, state, rows):
@@ -1640,22 +1563,19 @@ def draw(run, state, rows):
 # ---- the loop --------------------------------------------------------------------------------------------
 
 def train(run, state, watch, signals):
-    """Step until the end or a signal. Returns the signal's number, or 0."""
+    """Step until the end or a signal. Returns the number of the signal that ended it, or 0."""
     args, number = run.args, 0
     step, data = run.data.step, batches(run, state.step)
     steady = run.data.steady and args.optimizer != "rmsprop"  # whose learning rate cannot be a tensor
     if run.device.type == "cuda" and steady and args.graphs == "auto":
         step = graphed(step)
-    if fid_due(run, state):  # a run that was killed while it was scored
-        track_fid(run, state, watch)
+    track_fid(run, state, watch)  # of a run that was killed while it was scored
     while not (number or over(run, state)):
         watch.stamp()
         step(run, state, prepare_step(run, state), *next(data))
         state.step += 1
         watch.stamp(args.batch_size)
-        if fid_due(run, state):
-            save(run, state)  # scoring takes longer than torchrun waits after a signal
-            track_fid(run, state, watch)
+        track_fid(run, state, watch)
         last = over(run, state)
         if state.step % args.log_every == 0 or last:
             log_interval(run, state, watch)
@@ -1664,25 +1584,21 @@ def train(run, state, watch, signals):
         number = signals.agreed()
         if state.step % args.save_every == 0 or last or number:
             save(run, state)
-            watch.status(state, "running")
-    return number
+    return 0 if over(run, state) else number
 
 
 def log_interval(run, state, watch):
     """Read from the device, once an interval, what the steps noted; end a run whose numbers stay bad."""
-    means, skips = state.meter.read(run), [player.skips.tolist() for player in (state.G, state.D)]
-    for player in (state.G, state.D):
-        player.skips[2] = 0
-    watch.log(state, means, int(skips[0][0]), int(skips[1][0]))
-    row, name, rate = max((skips[0][2], "G", "--lr-g"), (skips[1][2], "D", "--lr-d"))
+    means = state.meter.read(run)
+    skips = {player.name: player.skips.tolist() for player in (state.G, state.D)}
+    state.G.skips[2] = state.D.skips[2] = 0
+    watch.log(state, means | {f"skipped_{name}": int(count) for name, (count, _, _) in skips.items()})
+    row, name = max((longest, name) for name, (_, _, longest) in skips.items())
     if row >= run.args.max_skips:
         amp = "off" if run.amp == "bf16" else "bf16 or off"
-        raise Diverged(f"{int(row)} updates of {name} in a row were not finite at step {state.step}: try a "
-                       f"smaller {rate}, --clip-grad 1 or --amp {amp}, in another --out or --resume never")
-
-
-class Diverged(Exception):
-    """Too many non-finite updates in a row."""
+        raise FloatingPointError(
+            f"{int(row)} updates of {name.upper()} in a row were not finite at step {state.step}: try a "
+            f"smaller --lr-{name}, --clip-grad 1 or --amp {amp}, in another --out or --resume never")
 
 
 def over(run, state):
@@ -1690,35 +1606,21 @@ def over(run, state):
     return state.step >= run.total or bool(best and run.args.patience and best["since"] >= run.args.patience)
 
 
-def fid_num(run):
-    return min(run.args.fid_num, len(run.data.rows))
-
-
-def fid_due(run, state):
-    """Whether G is to be scored: at the end of an epoch, once, and drawing at its full size."""
-    if not run.args.fid_every or not state.step or state.best and state.best["last"] == state.step:
-        return False
-    full = run.data.sampling_dial(run, state.step) == len(run.model["sizes"]) - 1
-    return full and (state.step % (run.args.fid_every * run.steps_per_epoch) == 0 or state.step == run.total)
-
-
 def track_fid(run, state, watch):
-    """Score the averaged generator on the first process, and keep on all what the lowest FID was."""
-    start, best = time.perf_counter(), state.best
-    fid = run.on_first(score, run, state)
-    better = best is None or fid < best["fid"]
-    best = {"fid": fid, "step": state.step, "since": 0} if better else best | {"since": best["since"] + 1}
-    state.best = best | {"last": state.step}
-    watch.score(state, fid, time.perf_counter() - start, better)
-    if over(run, state) and state.step < run.total:
-        watch.say(f"--patience {run.args.patience}: the best FID is still that of step {state.best['step']}")
-
-
-def score(run, state):
-    """FID of the averaged generator, as many images as of DATA, which lend their conditions."""
-    import evaluate  # here alone: who does not track FID needs none of it
-    rows = np.random.default_rng(run.args.seed).permutation(len(run.data.rows))[:fid_num(run)]
-    return evaluate.fid_against_data(draw(run, state, rows), run.args.data, len(rows), run.device)
+    """Where it is due, score the averaged generator on the first process; keep on all what the best was."""
+    best, step, every = state.best, state.step, run.args.fid_every
+    due = every and step and (step % (every * run.steps_per_epoch) == 0 or step == run.total)
+    if not due or best and best["last"] == step:
+        return
+    if run.data.sampling_dial(run, step) < len(run.model["sizes"]) - 1:  # not yet at its full size
+        return
+    save(run, state)  # scoring takes longer than torchrun waits after a signal
+    fid = run.on_first(watch.score, state)
+    if best is None or fid < best["fid"]:
+        best = {"fid": fid, "step": step, "since": -1}
+    state.best = best | {"since": best["since"] + 1, "last": step}
+    if over(run, state) and step < run.total:
+        watch.say(f"--patience {run.args.patience}: the best FID is still that of step {best['step']}")
 
 
 # ---- main ------------------------------------------------------------------------------------------------
@@ -1729,19 +1631,18 @@ def find_precision(name, device):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = capable.get("avx512_bf16") or capable.get("amx_bf16")
-    return "bf16" if device.type == "cpu" and fast else "off"
+    capable = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if capable.get("avx512_bf16") or capable.get("amx_bf16") else "off"
 
 
-def make_run(args, rank=0, world=1):
+def make_run(args):
     """Run of these options, on this DATA and this machine, or one line that says why not."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     data, kind, batch, parts = Data(args.data), ARCHITECTURES[args.arch][2], args.batch_size, args.grad_accum
-    for other in () if kind.fits(data.meta) else [entry[2] for entry in ARCHITECTURES.values()]:
-        if other.fits(data.meta):
-            fail(f"--arch {args.arch}: {args.data} holds {other.unit}, for --arch "
-                 f"{' or '.join(architectures_of(other))}")
+    if not data.meta.get(kind.key):
+        fitting = [name for name, entry in ARCHITECTURES.items() if data.meta.get(entry[2].key)]
+        fail(f"--arch {args.arch}: {args.data} holds no {kind.unit}; it is for --arch {' or '.join(fitting)}")
     data = kind(args, data)
     if batch > len(data.rows):
         fail(f"--batch-size {batch}: {args.data} has only {len(data.rows)} {data.unit}")
@@ -1770,23 +1671,23 @@ def make_state(run):
 @contextlib.contextmanager
 def post_mortem(run, state):
     """An error leaves its story in status.json and error.pt; those of the machine end in a line of advice."""
-    args = run.args
     try:
         yield
-    except Diverged as error:
-        report(run, state, error)
-        fail(str(error))
     except Exception as error:
+        with contextlib.suppress(Exception):  # a dead GPU or disk is not to hide the error itself
+            if json.loads((run.out / "status.json").read_text())["state"] != "failed":  # the first knows why
+                write_status(run, state, "failed", error=f"{type(error).__name__}: {error}",
+                             traceback="".join(traceback.format_exception(error)))
+                write_torch(run.out / "error.pt", checkpoint(run, state))
+        if isinstance(error, FloatingPointError):
+            fail(str(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            with contextlib.suppress(OSError):
-                write_status(run, state, "failed", error=str(error))
             fail(f"{error.strerror}: {error.filename or run.out}; the last checkpoint is whole", 1)
-        report(run, state, error)
         if out_of_memory(error):
             more = ", --amp bf16" if run.amp == "off" else ""
-            fail(f"out of memory at step {state.step}: try --grad-accum {2 * args.grad_accum} (the same "
-                 f"batch in parts), --batch-size {max(args.batch_size // 2, 1)}, a smaller --width{more}, in "
-                 f"another --out or with --resume never", 1)
+            fail(f"out of memory at step {state.step}: try --grad-accum {2 * run.args.grad_accum} (the same "
+                 f"batch in parts), --batch-size {max(run.args.batch_size // 2, 1)}, a smaller --width"
+                 f"{more}, in another --out or with --resume never", 1)
         raise
 
 
@@ -1794,20 +1695,10 @@ def out_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def report(run, state, error):
-    """Write error.pt and status.json, unless another process has: the first to fail knows the cause."""
-    with contextlib.suppress(Exception):  # a dead GPU or disk is not to hide the error itself
-        if json.loads((run.out / "status.json").read_text())["state"] != "failed":
-            write_status(run, state, "failed", error=f"{type(error).__name__}: {error}",
-                         traceback="".join(traceback.format_exception(error)))
-            write_torch(run.out / "error.pt", checkpoint(run, state))
-
-
 def main():
     steady_output()
-    args = parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run = make_run(args, rank, world)
+    run = make_run(parse_args())
+    args = run.args
     if run.device.type == "cuda":
         torch.cuda.set_device(run.device)
         torch.backends.cudnn.benchmark = True
@@ -1818,15 +1709,15 @@ def main():
         if not out_of_memory(error) and "overflow" not in str(error):
             raise
         fail(f"networks of --width {args.width} do not fit into memory: take a smaller one")
-    watch = Watch(run) if rank == 0 else Mute()
-    if world > 1:
+    watch = Watch(run) if run.rank == 0 else Mute()
+    if run.world > 1:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
-        run = dataclasses.replace(run, group=dist.new_group(backend="gloo"))
+        run = replace(run, group=dist.new_group(backend="gloo"))
 
     saved, path = run.on_first(find_checkpoint, run)  # RUN need not be visible on every node
     if saved is not None:
         state.load_state_dict(saved)
-        state.meter.sums /= world
+        state.meter.sums /= run.world
         del saved
     if args.compile:
         import torch._inductor.config
@@ -1836,20 +1727,19 @@ def main():
             state.D.net.compile()
     number = 0
     if over(run, state):
-        ended = f"; ended by --patience, the best is that of step {state.best['step']}" if state.best else ""
-        watch.say(f"{run.out} is already trained: {state.step} steps of {run.total}"
-                  + (ended if state.step < run.total else ""))
+        early = state.step < run.total
+        watch.say(f"{run.out} is already trained: {state.step} steps of {run.total}" + (
+            f"; ended by --patience, the best is that of step {state.best['step']}" if early else ""))
     else:
         signals = Signals(run.group)
         with post_mortem(run, state), contextlib.closing(watch):
             watch.begin(state, path)
             number = train(run, state, watch, signals)
-        if over(run, state):
-            number = 0
-            watch.end(state, "finished")
-        else:
+        if number:
             watch.end(state, "interrupted", signal=signal.Signals(number).name)
-    if world > 1:
+        else:
+            watch.end(state, "finished")
+    if run.world > 1:
         dist.barrier(run.group)  # the one that writes is not left behind
         dist.destroy_process_group()
     if number:

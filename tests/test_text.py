@@ -231,7 +231,7 @@ def test_refusals(data, shapes, tmp_path):
                             (("--temperature-end", "0"), "--temperature-end")):
         refused("train.py", "--data", data, "--out", tmp_path / "r", *OPTIONS, *options, naming=naming)
     refused("train.py", "--data", data, "--out", tmp_path / "r", naming=["--arch", "seq"])
-    refused("train.py", "--data", shapes, "--out", tmp_path / "r", *OPTIONS, naming=["--arch", "images"])
+    refused("train.py", "--data", shapes, "--out", tmp_path / "r", *OPTIONS, naming=["--arch", "texts", "dcgan"])
     refused("train.py", "--data", shapes, "--out", tmp_path / "r", "--pretrain-epochs", "1", naming="--pretrain-epochs")
     broken = shutil.copytree(data, tmp_path / "broken")
     np.save(broken / "tokens.npy", np.load(data / "tokens.npy") + 100)
