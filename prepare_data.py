@@ -121,7 +121,7 @@ class Unbroken:
 
 def steady_output():
     """Before anything is printed: no loss of the output is to cost the work."""
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    sys.stdout, sys.stderr = (stream and Unbroken(stream) for stream in (sys.stdout, sys.stderr))
 
 
 def on_signals(handler, numbers=SIGNALS):

@@ -48,7 +48,7 @@ STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "g
          "clipped_g", "clipped_d")  # what the steps report; log.jsonl has the means of an interval
 # options that a resumed run may change: where, how long and how it is watched
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device",
-        "compile", "graphs", "max_skips", "fid_every", "fid_num", "patience", "tracker"}
+        "compile", "graphs", "max_skips", "fid_every", "patience", "tracker"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -941,8 +941,9 @@ class Player(Saved):
         self.losses = []  # of the step under way
 
     def load_state_dict(self, tree):
+        group, = self.optimizer.state_dict()["param_groups"]
         super().load_state_dict(tree)
-        self.optimizer.param_groups[0]["lr"] = self.lr  # it took the checkpoint's in its place
+        self.optimizer.param_groups[0].update(group, params=self.params, lr=self.lr)  # as this device has it
 
     def backward(self, loss, parts):
         """Add the gradient of a loss, of one of so many parts of the batch."""
@@ -1244,7 +1245,7 @@ def load_file(path):
             if torn := archive.testzip():
                 raise ValueError(f"checksum of {torn} does not fit")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: holds more than tensors and numbers, which could run code") from None
@@ -1292,7 +1293,7 @@ def find_checkpoint(run):
         check_same(run, saved, path)
         if errors:
             print(f"train.py: {errors[0]}; going on from {path} instead", file=sys.stderr, flush=True)
-            latest.unlink()  # or the next save would put it in the place of the good one
+            latest.replace(run.out / "checkpoint.damaged.pt")  # or a save would take it for a good one
         return saved, path
     if errors:
         fail(f"--resume {asked}: {'; '.join(errors)}; start over with --resume never")
@@ -1377,7 +1378,8 @@ class Watch:
         else:  # a fresh start leaves nothing of an earlier run
             names = ["log.jsonl", "fid.jsonl", "best.pt"]
             if run.args.resume == "never":
-                names += ["checkpoint.pt", "checkpoint.prev.pt", "generator.pt", "error.pt"]
+                names += ["generator.pt", "error.pt"]
+                names += [f"checkpoint{kind}.pt" for kind in ("", ".prev", ".damaged")]
             for old in [*(out / name for name in names if (out / name).exists()), *out.glob("grids/step_*")]:
                 if not (out / "config.json").exists():
                     fail(f"--out {out} holds {old.name} but no config.json, so no run: choose another folder")
@@ -1606,13 +1608,19 @@ def over(run, state):
     return state.step >= run.total or bool(best and run.args.patience and best["since"] >= run.args.patience)
 
 
+def fid_due(run, state):
+    """Whether G is to be scored: at the end of an epoch, once, and drawing at its full size."""
+    step, every, best = state.step, run.args.fid_every, state.best
+    if not every or not step or best and best["last"] == step:
+        return False
+    full = run.data.sampling_dial(run, step) == len(run.model["sizes"]) - 1
+    return full and (step % (every * run.steps_per_epoch) == 0 or step == run.total)
+
+
 def track_fid(run, state, watch):
     """Where it is due, score the averaged generator on the first process; keep on all what the best was."""
-    best, step, every = state.best, state.step, run.args.fid_every
-    due = every and step and (step % (every * run.steps_per_epoch) == 0 or step == run.total)
-    if not due or best and best["last"] == step:
-        return
-    if run.data.sampling_dial(run, step) < len(run.model["sizes"]) - 1:  # not yet at its full size
+    best, step = state.best, state.step
+    if not fid_due(run, state):
         return
     save(run, state)  # scoring takes longer than torchrun waits after a signal
     fid = run.on_first(watch.score, state)
@@ -1703,6 +1711,9 @@ def main():
         torch.cuda.set_device(run.device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+    if run.world > 1:
+        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
+        run = replace(run, group=dist.new_group(backend="gloo"))
     try:
         state = make_state(run)
     except (RuntimeError, MemoryError, OverflowError) as error:
@@ -1710,10 +1721,6 @@ def main():
             raise
         fail(f"networks of --width {args.width} do not fit into memory: take a smaller one")
     watch = Watch(run) if run.rank == 0 else Mute()
-    if run.world > 1:
-        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
-        run = replace(run, group=dist.new_group(backend="gloo"))
-
     saved, path = run.on_first(find_checkpoint, run)  # RUN need not be visible on every node
     if saved is not None:
         state.load_state_dict(saved)
@@ -1726,7 +1733,7 @@ def main():
         if not (args.r1 or args.r2 or args.gp):  # torch.compile has no double backward
             state.D.net.compile()
     number = 0
-    if over(run, state):
+    if over(run, state) and not fid_due(run, state):
         early = state.step < run.total
         watch.say(f"{run.out} is already trained: {state.step} steps of {run.total}" + (
             f"; ended by --patience, the best is that of step {state.best['step']}" if early else ""))

@@ -687,3 +687,24 @@ def test_wrong_conditions_come_from_the_whole_batch_under_accumulation(tmp_path,
     steps_of(t, 1)
     assert len(pairs) == 16 and all(len(c) == 1 and differs.all() for c, _, differs in pairs)
     assert not any(torch.equal(c, wrong) for c, wrong, _ in pairs)
+
+
+def test_a_resumed_optimiser_keeps_what_is_of_its_device(tmp_path):
+    """A checkpoint of a CPU says capturable=False and has a learning rate of its own: neither is taken over."""
+    t = steps_of(trainer(tmp_path), 1)
+    tree = t.state.state_dict()
+    group, = tree["G"]["optimizer"]["param_groups"]
+    group |= {"capturable": True, "lr": 7.0}
+    t.state.load_state_dict(tree)
+    group, = t.state.G.optimizer.param_groups
+    assert group["capturable"] is False and group["lr"] is t.state.G.lr and group["params"] == t.state.G.params
+
+
+def test_killed_in_its_last_fid_a_run_is_scored_when_called_again(weights, shapes, tmp_path):
+    options = ("--data", shapes, "--out", tmp_path / "run", *TINY, "--epochs", "1", "--fid-every", "1", "--fid-num", "4")
+    code = "import train\ntrain.Watch.score = lambda *a: train.os.kill(train.os.getpid(), 9)\ntrain.main()"
+    call(sys.executable, "-c", code, *options, status=-9, cwd=ROOT)
+    assert train.load_file(tmp_path / "run" / "checkpoint.pt")["step"] == 16 and not (tmp_path / "run" / "fid.jsonl").exists()
+    call("train.py", *options)
+    assert len((tmp_path / "run" / "fid.jsonl").read_text().splitlines()) == 1 and (tmp_path / "run" / "best.pt").exists()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
