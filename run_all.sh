@@ -163,21 +163,24 @@ stage() {
 
 [ -z "$shapes" ] || stage "$python" "$here/prepare_data.py" shapes --size 32 --num 10000 --out "$shapes"
 stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 [ "$recipe" = captions ] || {
     have=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["count"])' "$data/meta.json")
     [ "$have" -ge 2048 ] || [ "${#real[@]}" = 0 ] || {
         say "run_all.sh: $data has $have images: the generated ones are scored against all of them"
         real=()
     }
-    [ "$recipe" != folder ] || [ "$have" -ge 64 ] || [ "$have" -lt 1 ] || train+=(--batch-size "$have")
+    [ "$recipe" != folder ] || [ "$have" -ge 64 ] || [ "$have" -lt 1 ] || {  # one batch, for one process
+        train+=(--batch-size "$have")
+        gpus=1
+    }
 }
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 launch=("$python") nodes=${SLURM_NNODES:-1} torchrun=("$python" -m torch.distributed.run)
 [ "$gpus" -lt 2 ] || launch=("${torchrun[@]}" --standalone --nproc_per_node="$gpus")
 [ "$nodes" -lt 2 ] || launch=(srun --nodes="$nodes" --ntasks="$nodes" "${torchrun[@]}" --nnodes="$nodes"
     --nproc_per_node="$((gpus > 0 ? gpus : 1))" --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID"
     --rdzv-endpoint="$(scontrol show hostnames | head -n 1):29500")
-stage "${launch[@]}" "$here/train.py" --data "$data" --out "$run" "${train[@]}" "$@" || {
+stage "${launch[@]}" "$here/train.py" --data "$data" --out "$run" "${train[@]}" -- "$@" || {
     status=$?  # torchrun makes 1 of every failure: status.json knows better
     [ "$run/status.json" -nt "$run/run_all.lock" ] && grep -q '"state": "interrupted"' "$run/status.json" && exit 75
     exit "$status"

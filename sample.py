@@ -28,8 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from prepare_data import (Data, Parser, fail, find_device, flag, leave, lines_of, load_text_encoder,
-                          on_signals, read_json, steady_output, whole_file, within, words_of, write_json,
-                          write_text)
+                          on_signals, read_json, steady_output, whole_file, within, words_of, write_text)
 from train import latents, load_generator, make_grid, to_pixels, to_texts
 
 BLOCK = 64  # images a pass, always: another number would round the last bits another way
@@ -188,8 +187,8 @@ def find_conditions(args, saved, folder):
 def data_of(named, folder):
     """DATA as named, or that of the config.json beside the generator, or None where that is not there."""
     if named is None and (folder / "config.json").exists():
-        named = read_json(folder / "config.json")["options"]["data"]
-        if not Path(named).exists():
+        named = read_json(folder / "config.json").get("options", {}).get("data", "")
+        if not (Path(named) / "meta.json").exists():
             return None
     return Data(named) if named else None
 
@@ -235,8 +234,9 @@ class Written:
         write_text(self.path, "".join(line + "\n" for line in lines))
 
     def write(self, path, data):
-        """A file of these bytes; at no moment does one stand there that is not noted."""
+        """A file of these bytes or this text; at no moment does one stand there that is not noted."""
         self.check(path)
+        data = data.encode("utf-8", "replace") if isinstance(data, str) else data
         line, before = self.line(path, data), [x for x in self.lines if x.endswith(f"  {path.name}")]
         self.note([line])
         with whole_file(path) as file:
@@ -280,8 +280,7 @@ def write_images(out, blocks, written):
         buffer = io.BytesIO()
         np.savez(buffer, images=np.concatenate([pixels for _, pixels in blocks]))
         return written.write(out, buffer.getvalue())
-    partial, lines = out.with_name(out.name + ".partial"), []
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, lines = out.with_name(f"{out.name}.{os.getpid()}.partial"), []
     partial.mkdir(parents=True)
 
     def write(name, pixels):
@@ -347,7 +346,7 @@ def write_texts(args, generator, saved, folder, device):
     if out.suffix != ".txt" or not out.parent.is_dir():
         fail(f"--out {out}: texts go into a file whose name ends in .txt, in a folder that is there")
     written = Written(out.parent)
-    written.check(out)
+    written.check(out, out.with_suffix(".json"))
     for first in range(0, args.num, BLOCK):
         z = latents(args.seed, range(first, first + BLOCK), generator.noise_dim).to(device)
         with torch.inference_mode():
@@ -363,8 +362,8 @@ def write_texts(args, generator, saved, folder, device):
         record |= {"nll": (losses * counts).sum().item() / counts.sum().item(), "nll_texts": len(held_out)}
     else:
         print("sample.py: no likelihood of held-out texts: name the data with --data", file=sys.stderr)
-    written.write(out, "".join(text + "\n" for text in texts[:args.num]).encode("utf-8", "replace"))
-    write_json(out.with_suffix(".json"), record)
+    written.write(out, "".join(text + "\n" for text in texts[:args.num]))
+    written.write(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     print(f"{out}: {args.num} texts of step {saved['step']}")
 
 
@@ -376,7 +375,8 @@ def write_pictures(args, generator, saved, digest, folder, device):
     if not out.parent.is_dir():
         fail(f"--out {out}: {out.parent} is not a folder")
     # beside images/, so that images/ holds nothing but PNGs
-    record, folder, written = out.with_name(out.name + ".json"), out.parent, Written(out.parent)
+    record, notes = (out.with_name(out.name + suffix) for suffix in (".json", ".jsonl"))
+    folder, written = out.parent, Written(out.parent)
     request = {"num": args.num, "seed": args.seed, "labels": args.labels, "truncation": args.truncation,
                "text": args.text, "text_file": args.text_file, "data": str(data.folder) if data else None,
                "generator": digest, "step": saved["step"]}
@@ -384,7 +384,8 @@ def write_pictures(args, generator, saved, digest, folder, device):
     with contextlib.suppress(OSError, ValueError):
         files = [out] if out.suffix == ".npz" else [out / f"{i:06d}.png" for i in range(args.num)]
         done = json.loads(record.read_text()) == request and all(map(written.holds, files))
-    written.check(*[out] * bool(args.num and not done), *[folder / "grid.png"] * bool(args.grid))
+    written.check(*[out, record, notes] * bool(args.num and not done))
+    written.check(*[folder / "grid.png"] * bool(args.grid))
 
     def latents_of(numbers):
         z = latents(args.seed, numbers, generator.noise_dim)
@@ -403,9 +404,8 @@ def write_pictures(args, generator, saved, digest, folder, device):
     elif args.num:
         record.unlink(missing_ok=True)
         write_images(out, blocks(), written)
-        notes = "".join(json.dumps({"image": i} | note(i)) + "\n" for i in range(args.num))
-        write_text(out.with_name(out.name + ".jsonl"), notes)
-        write_json(record, request)
+        written.write(notes, "".join(json.dumps({"image": i} | note(i)) + "\n" for i in range(args.num)))
+        written.write(record, json.dumps(request, indent=1) + "\n")
         print(f"{out}: {args.num} images of step {saved['step']}")
     if args.grid:
         pixels = draw(latents_of(range(args.grid)), conditions(range(args.grid)))
@@ -413,8 +413,8 @@ def write_pictures(args, generator, saved, digest, folder, device):
         written.write(folder / "grid.png", encode(make_grid(pixels, columns), "PNG"))
         print(f"{folder / 'grid.png'}: the first {args.grid} images")
         if saved["model"]["condition"] in ("text", "vector"):
-            notes = [note(i) for i in range(min(args.grid, 32))]
-            written.write(folder / "captions.png", encode(captioned(notes, pixels[:32], data), "PNG"))
+            page = captioned([note(i) for i in range(min(args.grid, 32))], pixels[:32], data)
+            written.write(folder / "captions.png", encode(page, "PNG"))
             print(f"{folder / 'captions.png'}: what was drawn for each caption"
                   + (", and the real image beside it" if data else ""))
     if args.interpolate:

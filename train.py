@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 import zipfile
 from argparse import Namespace
 from collections import Counter
@@ -48,7 +49,10 @@ STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "g
          "clipped_g", "clipped_d")  # what the steps report; log.jsonl has the means of an interval
 # options that a resumed run may change: where, how long and how it is watched
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device",
-        "compile", "graphs", "max_skips", "fid_every", "patience", "tracker"}
+        "compile", "graphs", "max_skips", "fid_every", "fid_num", "patience", "tracker"}
+# what a run writes into RUN/, beside grids/ and the trackers' folders
+WRITTEN = ("config.json", "status.json", "log.jsonl", "fid.jsonl", "generator.pt", "best.pt", "error.pt",
+           "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.damaged.pt", "checkpoint.next.pt")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -787,6 +791,9 @@ def build_networks(model):
 def load_generator(path, device="cpu"):
     """The generator in a generator.pt, in eval mode, and the file's other entries as a dict."""
     saved = load_file(path)
+    if "format" not in saved and {"level", "generator"} <= saved.keys():  # of the version before
+        saved |= {"format": FORMAT, "dial": saved["level"], "generator": {
+            k: v for k, v in saved["generator"].items() if not k.endswith("num_batches_tracked")}}
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path}: of another version of train.py; draw with that one, or train again")
     try:
@@ -835,8 +842,8 @@ def another(condition):
 
     Returns them (B, …), and (B,) whether there was one to draw.
     """
-    flat = condition.reshape(len(condition), -1)
-    differs = (flat.unsqueeze(1) != flat).any(2)
+    flat = condition.reshape(len(condition), -1).float()
+    differs = torch.cdist(flat, flat, p=0) > 0  # in how many numbers
     draws = (1 - torch.rand(differs.shape, device=flat.device)) * differs
     return condition[draws.argmax(1)], differs.any(1)
 
@@ -931,12 +938,13 @@ class Player(Saved):
         self.skip = torch.zeros((), device=run.device)  # 1 where the last update was left out
         self.clipped = torch.zeros_like(self.skip)  # 1 where its gradient was cut to --clip-grad
         self.skips = torch.zeros(3, device=run.device)  # in all, in a row, the longest row of an interval
-        exact = torch.float64 if run.device.type == "cpu" else torch.float32
-        self.optimizer = OPTIMIZERS[run.args.optimizer](
-            self.params, torch.zeros((), dtype=exact, device=run.device), (run.args.beta1, run.args.beta2),
-            fused=True, capturable=run.device.type == "cuda")
+        kind, args = run.device.type, run.args
+        self.lr = torch.zeros((), dtype=torch.float64 if kind == "cpu" else torch.float32, device=run.device)
+        self.optimizer = OPTIMIZERS[args.optimizer](
+            self.params, self.lr, (args.beta1, args.beta2), fused=True,
+            capturable=kind == "cuda" and args.graphs == "auto" and run.data.steady)
         self.optimizer.found_inf = self.skip  # 1: it leaves weights, moments and its count alone
-        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.lr = self.optimizer.param_groups[0]["lr"]  # some keep theirs on the host
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
         self.losses = []  # of the step under way
 
@@ -1206,7 +1214,8 @@ def aside(function):
     """Call on a stream of its own, as a capture does."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*capturable=True")  # optimisers miss the capture that is to come
         function()
     torch.cuda.current_stream().wait_stream(stream)
 
@@ -1221,7 +1230,11 @@ def graphed(step, aside=aside, capture=capture, warm_up=3):
             return aside(lambda: step(run, state, turn, *batch))
         if turn not in replays:
             inputs[turn] = [None if x is None else x.clone() for x in batch]
-            replays[turn] = capture(lambda: step(run, state, turn, *inputs[turn]))
+            try:
+                replays[turn] = capture(lambda: step(run, state, turn, *inputs[turn]))
+            except RuntimeError as error:
+                raise RuntimeError("the step cannot be recorded as a CUDA graph: call again with --graphs "
+                                   "off, which runs it as it is written") from error
         for x, new in zip(inputs[turn], batch):
             if x is not None:
                 x.copy_(new)
@@ -1306,6 +1319,7 @@ def check_same(run, saved, path):
         fail(f"{path}: of another version of train.py: go on with that, or start over with --resume never")
     options, asked, model = saved["options"], vars(run.args), saved["model"]
     free = FREE - ({"epochs"} if asked["grow"] else set())  # whose sizes hang on their number
+    free -= {"fid_num"} if saved["best"] and asked["fid_every"] else set()  # of which the lowest FID was
     there, here = options | model, {k: v for k, v in asked.items() if k not in free} | run.model
     changed = [f"{flag(k) if k in asked else k} {there.get(k)} there, {v} asked" for k, v in here.items()
                if there.get(k) != v]
@@ -1362,31 +1376,32 @@ class Watch:
             self.lock = lock(run.out)  # for as long as this file is open
         except OSError as error:
             fail(f"--out {run.out}: {error.strerror}")
-        self.bar, self.began = tqdm(disable=True), time.perf_counter()
-        self.times = []  # when the interval's steps began and ended
+        self.bar, self.trackers, self.grid_rows = tqdm(disable=True), None, ()
+        self.began = self.logged = time.perf_counter()
+        self.first_step, self.times = 0, []  # of this call; when the interval's steps began and ended
         self.recent = []  # lines of the last epoch
 
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""
         run, out = self.run, self.run.out
-        for left in [*out.glob("*.[0-9]*.tmp"), *out.glob("grids/*.[0-9]*.tmp"), out / "checkpoint.next.pt"]:
-            left.unlink(missing_ok=True)
-        run_id = os.urandom(16).hex()
-        if path:
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                run_id = json.loads((out / "config.json").read_text())["run_id"]
-        else:  # a fresh start leaves nothing of an earlier run
-            names = ["log.jsonl", "fid.jsonl", "best.pt"]
-            if run.args.resume == "never":
-                names += ["generator.pt", "error.pt"]
-                names += [f"checkpoint{kind}.pt" for kind in ("", ".prev", ".damaged")]
-            for old in [*(out / name for name in names if (out / name).exists()), *out.glob("grids/step_*")]:
-                if not (out / "config.json").exists():
-                    fail(f"--out {out} holds {old.name} but no config.json, so no run: choose another folder")
+        there, before = [out / name for name in WRITTEN if (out / name).exists()], {}
+        with contextlib.suppress(OSError, ValueError):
+            before = dict(json.loads((out / "config.json").read_text()))
+        if there and not path and "run_id" not in before:
+            fail(f"--out {out} holds {there[0].name}, which is of no run of train.py: choose another folder")
+        run_id = before["run_id"] if path and "run_id" in before else os.urandom(16).hex()
+        if not path:  # a fresh start leaves nothing of an earlier run
+            keep = () if run.args.resume == "never" else ("generator.pt", "error.pt")
+            for old in [*(path for path in there if path.name not in keep), *out.glob("grids/step_*")]:
                 old.unlink()
+        for name in (*WRITTEN, "grids/*"):  # what a kill left half written
+            for left in out.glob(f"{name}.[0-9]*.tmp"):
+                left.unlink()
         for log in (out / "log.jsonl", out / "fid.jsonl"):
             if log.exists():  # what came after this step is about to be trained again
-                lines = [line for line in read_lines(log) if line["step"] <= state.step]
+                scored = state.best["last"] if state.best else 0
+                last = scored if log.stem == "fid" else state.step
+                lines = [line for line in read_lines(log) if line["step"] <= last]
                 write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
         config = describe(run, state, run_id)
         write_json(out / "config.json", config)
@@ -1568,8 +1583,7 @@ def train(run, state, watch, signals):
     """Step until the end or a signal. Returns the number of the signal that ended it, or 0."""
     args, number = run.args, 0
     step, data = run.data.step, batches(run, state.step)
-    steady = run.data.steady and args.optimizer != "rmsprop"  # whose learning rate cannot be a tensor
-    if run.device.type == "cuda" and steady and args.graphs == "auto":
+    if state.G.optimizer.defaults.get("capturable"):
         step = graphed(step)
     track_fid(run, state, watch)  # of a run that was killed while it was scored
     while not (number or over(run, state)):
@@ -1627,6 +1641,7 @@ def track_fid(run, state, watch):
     if best is None or fid < best["fid"]:
         best = {"fid": fid, "step": step, "since": -1}
     state.best = best | {"since": best["since"] + 1, "last": step}
+    save(run, state)
     if over(run, state) and step < run.total:
         watch.say(f"--patience {run.args.patience}: the best FID is still that of step {best['step']}")
 

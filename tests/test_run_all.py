@@ -102,6 +102,18 @@ def test_recipes_run_for_a_few_steps(recipe, shapes, tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "run")] == [2, 4]
 
 
+def test_options_of_a_recipe_may_be_undone(capsys):
+    """What follows -- is the user's: options of the recipe that then have no effect go, those of the user are refused."""
+    import train
+    recipe = ("--data", "d", "--out", "r", "--real-label", "0.9", "--schedule", "cosine", "--lr-final", "0.1", "--beta1", "0")
+    args = train.parse_args([*recipe, "--", "--loss", "hinge", "--schedule", "constant", "--optimizer", "rmsprop"])
+    assert (args.real_label, args.lr_final, args.beta1, args.loss) == (1, 0, 0.5, "hinge")
+    said = capsys.readouterr().err
+    assert said.count("note: ") == 3 and "--real-label of the recipe is left out: it needs --loss bce or lsgan" in said
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_args([*recipe, "--", "--loss", "hinge", "--real-label", "0.8"])
+
+
 def test_coco_needs_its_captions(tmp_path):
     done = call("bash", ROOT / "run_all.sh", "coco32", status=2, **environment(tmp_path) | {"ROOT": str(tmp_path)})
     assert "CAPTIONS" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -139,6 +139,10 @@ def test_nothing_is_replaced_but_what_it_wrote(generator, tmp_path):
     refused("sample.py", "--run", generator, "--num", "2", "--out", mine, naming=["000000.png", "--out"])
     (tmp_path / "grid.png").write_bytes(b"mine")
     refused("sample.py", "--run", generator, "--num", "2", "--grid", "--out", tmp_path / "new", naming="grid.png")
+    for name in ("notes.json", "notes.jsonl"):
+        (tmp_path / name).write_bytes(b"mine")
+        refused("sample.py", "--run", generator, "--num", "2", "--out", tmp_path / "notes", naming=name)
+        (tmp_path / name).unlink()
     (tmp_path / "mine.npz").write_bytes(b"mine")
     refused("sample.py", "--run", generator, "--num", "2", "--out", tmp_path / "mine.npz", naming="mine.npz")
     assert {p.name: p.read_bytes() for p in mine.iterdir()} == before and not (tmp_path / "new").exists()

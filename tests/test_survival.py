@@ -330,9 +330,11 @@ def test_nohup_is_respected(shapes, tmp_path):
 
 
 def test_a_folder_of_somebody_elses_is_left_alone(shapes, tmp_path):
-    for name in ("log.jsonl", "checkpoint.pt", "best.pt"):
+    for name, more in (("log.jsonl", ()), ("checkpoint.pt", ()), ("best.pt", ("config.json",)), ("lock", ())):
         out = tmp_path / name.replace(".", "-")
         out.mkdir()
-        (out / name).write_text("mine")
-        refused("train.py", "--data", shapes, "--out", out, *TINY, "--resume", "never", naming=["--out", name])
+        for each in (name, *more):
+            (out / each).write_text('{"model_type": "mine"}' if each == "config.json" else "mine")
+        refused("train.py", "--data", shapes, "--out", out, *TINY, "--resume", "never",
+                naming=["--out", more[0] if more else name])
         assert (out / name).read_text() == "mine"
