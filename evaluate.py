@@ -1020,7 +1020,7 @@ def score_images(args, images, run, config):
     if "kid" not in found:
         warned.append("no KID, precision, recall: statistics hold no image's features")
     elif "precision" not in found:
-        warned.append(f"no precision, recall, density, coverage: they take more than {NEIGHBOURS} images each")
+        warned.append(f"no precision, recall, density, coverage: they take over {NEIGHBOURS} images each")
     for images in (generated, reference):
         odd = [] if images is None or not isinstance(images, list) else [f for f in images if not is_plain(f)]
         if odd:
