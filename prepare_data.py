@@ -1302,10 +1302,8 @@ def check(args):
         fail(f"--root is missing: the {what}")
     if args.source == "coco" and args.captions in (None, "none", "inside"):
         fail("--captions is missing: the JSON file of COCO's captions")
-    for name in PATHS if args.source in ("folder", "coco") else ():
-        path = getattr(args, name)
-        if path not in (None, "none", "inside") and not os.path.exists(path):
-            fail(f"{flag(name)} {path}: no such file or directory")
+    if args.source in ("folder", "coco") and not os.path.exists(args.root):
+        fail(f"--root {args.root}: no such file or directory")
 
 
 def already(args, out, state):

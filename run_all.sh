@@ -84,7 +84,7 @@ esac
     mistake "CAPTIONS is missing: CAPTIONS=captions_train2017.json ROOT=train2017 bash run_all.sh $recipe"
 [ "$recipe" = captions ] && [ -z "${ROOT-}" ] && shapes=data/shapes || shapes=''
 [ -z "$shapes" ] || ROOT=$shapes/captions.jsonl
-[ -z "${ROOT-}" ] || prepare+=(--root "$ROOT")
+[ -z "${ROOT-}" ] || [ "${prepare[0]-}" = shapes ] || prepare+=(--root "$ROOT")
 call="$recipe ${prepare[*]-} $*"
 
 if [ -f "$run/generator.pt" ] && [ -f "$run/report.html" ] && [ "$run/done" -nt "$run/generator.pt" ] &&

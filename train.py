@@ -792,8 +792,9 @@ def load_generator(path, device="cpu"):
     """The generator in a generator.pt, in eval mode, and the file's other entries as a dict."""
     saved = load_file(path)
     if "format" not in saved and {"level", "generator"} <= saved.keys():  # of the version before
-        saved |= {"format": FORMAT, "dial": saved["level"], "generator": {
-            k: v for k, v in saved["generator"].items() if not k.endswith("num_batches_tracked")}}
+        saved |= {"format": FORMAT, "dial": saved["level"]}
+        for key in [k for k in saved["generator"] if k.endswith("num_batches_tracked")]:
+            del saved["generator"][key]
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path}: of another version of train.py; draw with that one, or train again")
     try:
