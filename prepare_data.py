@@ -954,7 +954,7 @@ def to_pixels(image, size, channels, crop, background):
     crop: side in pixels of the square that is kept; None keeps the largest.
     """
     side, before = min(*image.size, crop or sys.maxsize), max(image.size)
-    image = read_picture(image, background, side / (3 * size))  # finer: it shows beside a whole decoding
+    image = read_picture(image, background, side / (2.75 * size))  # coarser shows beside a whole decoding
     side = max(1, round(side * max(image.size) / before))
     image = in_mode(image, "L" if channels == 1 else "RGB")
     left, top = (image.width - side) / 2, (image.height - side) / 2
