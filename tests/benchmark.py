@@ -3,6 +3,7 @@
     python tests/benchmark.py                          # everything, about an hour on 2 cores
     python tests/benchmark.py --rows tutorial bare     # these rows alone
     python tests/benchmark.py --repeats 3 --images 512
+    python tests/benchmark.py --rows quality --fashion DIR --emoji noto-64.zip    # pictures at equal time, two hours
 
 Each row times A and B in turn, A B A B …, and gives the median of the ratios of neighbours.
 """
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from matplotlib import pyplot as plt
 from PIL import Image
 from torch import nn
 
@@ -34,6 +37,7 @@ import evaluate  # noqa: E402
 import train  # noqa: E402
 
 DCGAN = ("--width", "64", "--batch-size", "64")  # the published network at 64×64
+RECIPE = ()  # TODO
 WARM, STEPS = 4, 20  # steps before and in a timing
 
 
@@ -65,27 +69,25 @@ def alone(function, *args):
         return pool.submit(function, *args).result()
 
 
-def networks():
+def networks(size=64, channels=3):
     torch.manual_seed(0)
     return train.build_networks({
-        "arch": "dcgan", "sizes": [64], "channels": 3, "width": 64, "width_d": 64, "extra_convs": 0, "norm_d": "batch",
-        "depth": 4, "latent_dim": 100, "condition": "none", "known": 0, "spectral_norm": False, "attention": False,
-        "cond_augment": False})
+        "arch": "dcgan", "sizes": [size], "channels": channels, "width": 64, "width_d": 64, "extra_convs": 0,
+        "norm_d": "batch", "depth": train.default_depth(size), "latent_dim": 100, "condition": "none", "known": 0,
+        "spectral_norm": False, "attention": False, "cond_augment": False})
 
 
-def tutorial(images):
-    """Images a second of the tutorial's loop: ImageFolder, DataLoader, BCELoss on a sigmoid, .item() as it goes."""
-    G, D = networks()
+def tutorial(images, size=64, channels=3):
+    """The tutorial's loop: ImageFolder, DataLoader, BCELoss on a sigmoid, .item() as it goes. Yields G at each step."""
+    G, D = networks(size, channels)
     loader = torch.utils.data.DataLoader(torchvision.datasets.ImageFolder(images, torchvision.transforms.Compose([
-        torchvision.transforms.Resize(64), torchvision.transforms.CenterCrop(64), torchvision.transforms.ToTensor(),
-        torchvision.transforms.Normalize((0.5,) * 3, (0.5,) * 3)])), 64, shuffle=True, num_workers=2, drop_last=True)
+        torchvision.transforms.Grayscale(channels) if channels == 1 else nn.Identity(),
+        torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size), torchvision.transforms.ToTensor(),
+        torchvision.transforms.Normalize(0.5, 0.5)])), 64, shuffle=True, num_workers=2, drop_last=True)
     criterion = nn.BCELoss()
     g_opt, d_opt = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (G, D))
-    step, start = 0, 0.0
     while True:
         for real, _ in loader:
-            if step == WARM:
-                start = time.perf_counter()
             D.zero_grad()
             output = D(real)[0].sigmoid()
             loss_real = criterion(output, torch.full((64,), 1.0))
@@ -103,9 +105,93 @@ def tutorial(images):
             loss.backward()
             g_opt.step()
             (loss_real + loss_fake).item(), loss.item(), output.mean().item()
-            step += 1
-            if step == WARM + STEPS:
-                return 64 * STEPS / (time.perf_counter() - start)
+            yield G
+
+
+def rate_of_tutorial(images):
+    """Images a second of the tutorial's loop."""
+    steps, start = tutorial(images), 0.0
+    for step in range(1, WARM + STEPS + 1):
+        next(steps)
+        if step == WARM:
+            start = time.perf_counter()
+    return 64 * STEPS / (time.perf_counter() - start)
+
+
+# ---- pictures at equal time --------------------------------------------------------------------------------
+
+def drawn_by_tutorial(folder, images, meta, minutes, count):
+    """Paths of `count` images drawn by the tutorial's G after each of so many minutes of training."""
+    steps, trained, paths = tutorial(images, meta["size"], meta["channels"]), 0.0, []
+    for minute in minutes:
+        start = time.perf_counter() - trained
+        while time.perf_counter() - start < 60 * minute:
+            G = next(steps)
+        trained = time.perf_counter() - start
+        with torch.no_grad():  # in training mode, as the tutorial draws
+            drawn = np.concatenate([train.to_pixels(G(torch.randn(64, 100))) for _ in range(-(-count // 64))])
+        paths.append(folder / f"tutorial-{minute}.npz")
+        np.savez(paths[-1], drawn[:count])
+    return paths
+
+
+def drawn_by_ours(folder, data, minutes, count):
+    """The same of train.py with the default recipe, stopped by a signal and called again: starting counts."""
+    trained, paths = 0.0, []
+    for minute in minutes:
+        start = time.perf_counter()
+        command = [sys.executable, ROOT / "train.py", "--data", data, "--out", folder / "run", *RECIPE]
+        process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60 * minute - trained)
+        process.send_signal(signal.SIGTERM)
+        if process.wait() != 75:
+            sys.exit(f"train.py ended with {process.returncode}")
+        trained += time.perf_counter() - start
+        paths.append(folder / f"ours-{minute}.npz")
+        call(sys.executable, ROOT / "sample.py", "--run", folder / "run", "--num", count, "--out", paths[-1])
+    return paths
+
+
+def quality(work, name, source, args):
+    """{who: [[minute, FID, n], …]} of the tutorial and train.py, trained in turn, and the floor [FID, n]."""
+    data, folder = work / name, work / f"{name}-quality"
+    call(sys.executable, ROOT / "prepare_data.py", *source, "--size", "32", "--out", data)
+    rows, meta = np.load(data / "images.npy", mmap_mode="r"), json.loads((data / "meta.json").read_text())
+    (folder / "png" / "all").mkdir(parents=True)
+    for i, row in enumerate(rows):
+        Image.fromarray(row.squeeze()).save(folder / "png" / "all" / f"{i:05d}.png")
+    minutes = [m for m in (1, 2, 4, 7) if m < args.minutes] + [args.minutes]
+    count = min(10_000, len(rows))
+    paths = {"tutorial": drawn_by_tutorial(folder, folder / "png", meta, minutes, count),
+             "train.py": drawn_by_ours(folder, data, minutes, count)}
+
+    def fid(path, n):
+        pixels = np.load(path)["arr_0"][:n]
+        return evaluate.fid_against_data(pixels, data, n, torch.device("cpu"))
+
+    def curve(paths):  # early points of fewer images: they show the course
+        sizes = [min(2048, count)] * (len(minutes) - 1) + [count]
+        return [[minute, fid(path, n), n] for minute, path, n in zip(minutes, paths, sizes)]
+    weights = evaluate.find_weights()
+    network = evaluate.load_inception(weights, torch.device("cpu"))
+    real = evaluate.real_statistics(network, weights, evaluate.Data(data), count, True, torch.device("cpu"))
+    return {who: curve(p) for who, p in paths.items()} | {"floor": [real["floor"], real["floor_n"]]}
+
+
+def plot_quality(curves, path):
+    """FID by minute of each set of images, side by side, logarithmic."""
+    figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False)
+    for ax, (name, found) in zip(axes[0], curves.items()):
+        for who, colour in (("tutorial", "#b0532a"), ("train.py", "#2a5db0")):
+            minutes, fids, _ = zip(*found[who])
+            ax.plot(minutes, fids, "o-", color=colour, label=who)
+            ax.annotate(f"{fids[-1]:.1f}", (minutes[-1], fids[-1]), (4, 4), textcoords="offset points", color=colour)
+        ax.axhline(found["floor"][0], color="#777777", linestyle=":", label="real against real")
+        ax.set(title=name, xlabel="minutes of training", ylabel="FID", yscale="log")
+        ax.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 def beside_bare(folder, data, amp):
@@ -200,6 +286,19 @@ def anonymous_memory(folder, data):
     return int(re.search(r"RssAnon:\s+(\d+)", said)[1]) / 1024
 
 
+def pictures(args, work):
+    """The tutorial's FID over that of train.py after the same time, a ratio a set of images."""
+    curves = {}
+    for name, source in (("fashion-mnist", ["fashion-mnist", "--root", args.fashion]),
+                         ("emoji", ["folder", "--root", args.emoji])):
+        if source[-1]:
+            curves[name] = quality(work, name, source, args)
+            print(name, json.dumps(curves[name]), flush=True)
+    plot_quality(curves, ROOT / "docs" / "quality.png")
+    Path(args.out).with_suffix(".quality.json").write_text(json.dumps(curves, indent=1) + "\n")
+    return [found["tutorial"][-1][1] / found["train.py"][-1][1] for found in curves.values()]
+
+
 def pairs(a, b, repeats):
     """Ratios a/b of neighbours, measured in turn."""
     return [a() / b() for _ in range(repeats)]
@@ -208,6 +307,9 @@ def pairs(a, b, repeats):
 def rows(work, args):
     """name: (what, target, function that gives ratios)."""
     r = args.repeats
+    if args.rows == ["quality"]:
+        return {"quality": ("FID of the tutorial against the default recipe after the same time", 2,
+                            lambda: pictures(args, work))}
     photos = work / "photos" / "all"
     photos.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -277,9 +379,9 @@ def rows(work, args):
 
     return {
         "tutorial": ("dcgan 64×64 fp32 against the tutorial's loop, images/s", 1.25, lambda: pairs(
-            lambda: rate_of_run(work, data, *DCGAN, "--amp", "off"), lambda: alone(tutorial, photos.parent), r)),
+            lambda: rate_of_run(work, data, *DCGAN, "--amp", "off"), lambda: alone(rate_of_tutorial, photos.parent), r)),
         "amp": ("the same with --amp auto", 2, lambda: pairs(
-            lambda: rate_of_run(work, data, *DCGAN), lambda: alone(tutorial, photos.parent), r)),
+            lambda: rate_of_run(work, data, *DCGAN), lambda: alone(rate_of_tutorial, photos.parent), r)),
         "bare": ("images/s against the bare step, fp32", 0.97, lambda: [
             alone(beside_bare, work, data, "off") for _ in range(r)]),
         "bare-amp": ("the same with --amp auto", 0.97, lambda: [
@@ -306,6 +408,9 @@ def rows(work, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", help="which rows (default: all)")
+    parser.add_argument("--minutes", type=float, default=10, help="of training each in the row quality")
+    parser.add_argument("--fashion", help="folder of Fashion-MNIST for the row quality, as torchvision keeps it")
+    parser.add_argument("--emoji", help="folder or archive of images for the row quality")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements a row")
     parser.add_argument("--images", type=int, default=2048, help="images a folder in the row fid")
     parser.add_argument("--out", default="benchmark.json", help="where the figures go")

@@ -151,6 +151,15 @@ def test_damaged_checkpoint_falls_back(damage, trained, shapes, tmp_path):
     refused("train.py", *options, naming=["checkpoint.pt", "checkpoint.prev.pt", "--resume never"])
 
 
+def test_damage_without_a_word_is_damage(trained, monkeypatch):
+    """Some of torch's errors say nothing; a line is made of each all the same."""
+    for error, said in ((EOFError(), "EOFError)"), (RuntimeError("a\nb"), "RuntimeError: a)")):
+        monkeypatch.setattr(torch, "load", lambda *args, **more: (_ for _ in ()).throw(error))
+        with pytest.raises(ValueError) as caught:
+            train.load_file(trained / "generator.pt")
+        assert str(caught.value).endswith(f"damaged ({said}")
+
+
 def test_fuzzed_checkpoints_are_whole_or_refused(trained, tmp_path):
     """Bits flipped and pieces cut out anywhere in the file: an error, or the very same contents."""
     rng, data, path = random.Random(0), (trained / "generator.pt").read_bytes(), tmp_path / "generator.pt"
