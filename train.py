@@ -75,7 +75,10 @@ def parse_args(argv=None):
     add("--width", type=count, default=64, help="channels at the highest resolution, doubled at each halving")
     add("--width-d", type=count, help="the same of D alone (default: as --width)")
     add = parser.group("networks of images", needs=[images])
-    add("--extra-convs", type=within(0, 100, int), default=0, help="more 3×3 convolutions a resolution of G")
+    add("--width-max", type=count, help="the most channels of both (default: no bound)")
+    add("--blocks", type=count, needs="--arch resnet", help="residual blocks a resolution (default: 2)")
+    add("--extra-convs", type=within(0, 100, int), default=0, excludes="--arch resnet", help="more 3×3 "
+        "convolutions a resolution of G")
     add("--depth", type=count, help="doublings from first feature map to image (default: from 4 to 7 pixels)")
     add("--latent-dim", type=count, default=100, help="numbers in z")
     add("--norm-d", choices=["batch", "none"], excludes="--arch resnet", help="normalisation in D (default: "
@@ -151,6 +154,12 @@ def parse_args(argv=None):
             setattr(args, name, default)
     args.norm_d = args.norm_d or ("none" if args.r1 or args.r2 or args.gp else "batch")
     args.width_d = args.width_d or args.width
+    for name in ("width", "width_d"):
+        if args.width_max and getattr(args, name) > args.width_max:
+            fail(f"--width-max {args.width_max}: below {flag(name)} {getattr(args, name)}, the width that it "
+                 "bounds: raise it or lower that one")
+    if args.arch == "resnet":
+        args.blocks = args.blocks or 2
     for name in args.tracker:
         if importlib.util.find_spec(name) is None:
             fail(f"--tracker {name} needs a package: pip install {name}")
@@ -208,8 +217,8 @@ class Images:
             fail(f"--grow {args.grow}: sizes separated by commas, of {', '.join(possible)}, up to the last")
         known = self.conditions.shape[2] if self.condition == "vector" else len(
             {"none": (), "label": meta["classes"], "text": meta["vocabulary"]}[self.condition])
-        names = ("arch", "width", "width_d", "extra_convs", "latent_dim", "norm_d", "spectral_norm",
-                 "attention", "cond_augment")
+        names = ("arch", "width", "width_d", "width_max", "blocks", "extra_convs", "latent_dim", "norm_d",
+                 "spectral_norm", "attention", "cond_augment")
         return {name: getattr(args, name) for name in names} | {
             "depth": depth, "sizes": [int(s) for s in sizes], "channels": meta["channels"],
             "condition": self.condition, "known": known}
@@ -406,25 +415,35 @@ class WordAttention(nn.Module):
         return x + found.transpose(1, 2).reshape(x.shape)
 
 
+def widths_of(width, m, outer):
+    """Channels from the highest resolution down: doubled at each halving, up to --width-max."""
+    return [min(width << i, m.width_max or width << i) for i in range(m.depth + (not outer))]
+
+
 class Generator(nn.Module):
-    """G(z (B, noise_dim), condition, dial) -> images (B, channels, size, size) in [-1, 1].
+    """G(z (B, noise_dim), condition, dial) -> images (B, channels, size, size), those of DATA in [-1, 1].
 
     condition: what the encoder of its kind takes, or None. The first stage makes a small feature map, each
-    other doubles it, and so does the head. With several sizes (--grow) the dial says which is drawn: 0.3 is
-    the second at 30 % over the first; None the last.
+    other doubles it, and so does the head of most. With several sizes (--grow) the dial says which is drawn:
+    0.3 is the second at 30 % over the first; None the last.
     """
     init = staticmethod(lambda module: None)  # how parts are initialised where PyTorch's way will not do
+    outer = True  # the head doubles the map, D's stem halves it
+    squash = staticmethod(torch.tanh)
+    told = 1 / 4  # scale of the condition: at z's own G varies with it alone, forgets z
 
     def __init__(self, m):
         super().__init__()
+        self.blocks = m.blocks  # a resolution, of resnet
         self.encode = None if m.condition == "none" else Encoder(m.condition, m.known)
         self.augment = nn.Linear(EMBEDDING, 2 * EMBEDDING) if m.cond_augment else None
         self.noise_dim = m.latent_dim + (EMBEDDING if m.cond_augment else 0)
-        widths = [m.width << i for i in reversed(range(m.depth))]  # 64×64, width 64: 512, 256, 128, 64
+        widths = widths_of(m.width, m, self.outer)[::-1]  # 64×64, width 64: 512, 256, 128, 64
         base, inputs = m.sizes[-1] >> m.depth, m.latent_dim + (EMBEDDING if self.encode else 0)
         self.stages = nn.ModuleList([self.first(inputs, widths[0], base, m.extra_convs)])
         self.stages.extend(self.stage(a, b, m.extra_convs) for a, b in zip(widths, widths[1:]))
-        self.ends = [(size // base).bit_length() - 2 for size in m.sizes]  # the last stage of each size
+        # the last stage of each size
+        self.ends = [(size // base).bit_length() - 1 - self.outer for size in m.sizes]
         self.heads = nn.ModuleList(self.head(widths[end], m.channels) for end in self.ends)
         self.attended = m.depth // 2
         for part in (self.stages, self.heads):
@@ -447,7 +466,7 @@ class Generator(nn.Module):
                 z, noise = z.split([z.shape[1] - EMBEDDING, EMBEDDING], 1)
                 mean, log_variance = self.distribution(vector)
                 vector = mean + noise * (log_variance / 2).exp()
-            z = torch.cat([z, vector / 4], 1)  # at z's own scale G varies with the condition alone, forgets z
+            z = torch.cat([z, vector * self.told], 1)
         level = len(self.heads) - 1 if dial is None else dial
         drawn, x, maps = math.ceil(level), z, []
         for i, stage in enumerate(self.stages[:self.ends[drawn] + 1]):
@@ -459,7 +478,7 @@ class Generator(nn.Module):
         if level < drawn:  # progressive growing fades the new size in (Karras et al. 2018)
             before = self.heads[drawn - 1](maps[self.ends[drawn - 1]])
             image = torch.lerp(F.interpolate(before, size=image.shape[2:]), image, level - drawn + 1)
-        return image.tanh()
+        return self.squash(image)
 
 
 class Discriminator(nn.Module):
@@ -468,11 +487,12 @@ class Discriminator(nn.Module):
     The condition is judged by projection (Miyato & Koyama 2018) on the sum of the features over the places;
     what is returned is their mean.
     """
-    init = staticmethod(lambda module: None)
+    init, outer = staticmethod(lambda module: None), True
 
     def __init__(self, m):
         super().__init__()
-        widths, self.normalised = [m.width_d << i for i in range(m.depth)], m.norm_d == "batch"
+        widths, self.normalised = widths_of(m.width_d, m, self.outer), m.norm_d == "batch"
+        self.blocks = m.blocks
         self.starts = [(m.sizes[-1] // size).bit_length() - 1 for size in m.sizes]  # first stage of each size
         self.stems = nn.ModuleList(self.stem(m.channels, widths[start]) for start in self.starts)
         self.stages = nn.ModuleList(self.stage(a, b) for a, b in zip(widths, widths[1:]))
@@ -499,6 +519,10 @@ class Discriminator(nn.Module):
                 h = torch.lerp(self.stems[seen - 1](smaller), h, level - seen + 1)
             if i < len(self.stages):
                 h = self.stages[i](h)
+        return self.judge(h, condition)
+
+    def judge(self, h, condition):
+        """(logits, features) of the last feature map."""
         logits, features = self.head(h).flatten().float(), h.mean((2, 3)).float()
         return logits if self.encode is None else logits + self.match(features, condition), features
 
@@ -516,11 +540,9 @@ def dcgan_init(module):
 
 
 def he_init(module):
-    """He et al. 2015, for convolutions without normalisation; the last of a residual block starts at 0."""
+    """He et al. 2015, for convolutions without normalisation."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, 0.2)
-    if isinstance(module, Residual):
-        nn.init.zeros_(module.last.weight)
 
 
 class DCGANGenerator(Generator):
@@ -589,44 +611,124 @@ class UpsampleDiscriminator(Discriminator):
 
 
 class Residual(nn.Module):
-    """x + 1×1(LeakyReLU(3×3(LeakyReLU(x)))), the last convolution 0 at first."""
+    """x + 1×1(act(3×3(act(1×1(x))))) at twice the width, in groups of 16; act: a bias, then LeakyReLU 0.2."""
 
     def __init__(self, width):
         super().__init__()
-        self.conv, self.last = nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 1)
+        groups = width // 8 if width % 8 == 0 else 1
+        self.wide = nn.Conv2d(width, 2 * width, 1)
+        self.mix = nn.Conv2d(2 * width, 2 * width, 3, 1, 1, groups=groups)
+        self.last = nn.Conv2d(2 * width, width, 1, bias=False)
 
     def forward(self, x):
-        return x + self.last(F.leaky_relu(self.conv(F.leaky_relu(x, 0.2)), 0.2))
+        return x + self.last(F.leaky_relu(self.mix(F.leaky_relu(self.wide(x), 0.2)), 0.2))
+
+
+class Resample(nn.Module):
+    """A feature map at twice its side, or half: bilinear, over borders of 0."""
+
+    def __init__(self, up):
+        super().__init__()
+        side = torch.tensor([1.0, 3, 3, 1]) / (4 if up else 8)
+        self.convolve = F.conv_transpose2d if up else F.conv2d
+        self.register_buffer("kernel", side.outer(side).expand(1, 1, 4, 4).clone(), persistent=False)
+
+    def forward(self, x):
+        return self.convolve(x, self.kernel.expand(x.shape[1], -1, -1, -1), None, 2, 1, groups=x.shape[1])
+
+
+class Basis(nn.Module):
+    """The first feature map: learnt patterns, weighed by a linear map of what G is told."""
+
+    def __init__(self, inputs, width, base):
+        super().__init__()
+        self.linear = nn.Linear(inputs, width, bias=False)
+        self.patterns = nn.Parameter(torch.randn(width, base, base))
+
+    def forward(self, x):
+        return self.patterns * self.linear(x)[:, :, None, None]
+
+
+class OneHot(nn.Embedding):
+    """In an Encoder's place: a linear map of a class's one-hot vector, of weights N(0, gain²/known)."""
+
+    def __init__(self, known, width, gain=1.0):
+        super().__init__(known, width)
+        nn.init.normal_(self.weight, 0, gain * known ** -0.5)
+
+    def forward(self, condition):
+        return super().forward(condition), None, None
+
+
+@torch.no_grad()
+def fix_up(*parts):
+    """Weights N(0, 1/fan-in); in residual blocks less, by their number, and 0 at the end of each."""
+    modules = [module for part in parts for module in part.modules()]
+    blocks = [module for module in modules if isinstance(module, Residual)]
+    for module in modules:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.normal_(module.weight, 0, module.weight[0].numel() ** -0.5)
+    for block in blocks:
+        for conv in (block.wide, block.mix):
+            conv.weight.mul_(nn.init.calculate_gain("leaky_relu", 0.2) * len(blocks) ** -0.25)
+            conv.bias.zero_()
+        block.last.weight.zero_()
 
 
 class ResnetGenerator(Generator):
-    """After R3GAN (Huang et al. 2024), small: residual blocks without normalisation, bilinear upsampling."""
-    init = staticmethod(he_init)
+    """Huang et al. 2024, R3GAN: residual blocks in groups of channels, no normalisation."""
+    outer, squash = False, staticmethod(lambda image: image)
+
+    def __init__(self, m):
+        super().__init__(m)
+        fix_up(self.stages, self.heads)
+        if m.condition == "label":
+            self.encode, self.told = OneHot(m.known, EMBEDDING), 1
 
     def first(self, inputs, width, base, extra):
-        return nn.Sequential(nn.Linear(inputs, width * base * base), nn.Unflatten(1, (width, base, base)),
-                             *[Residual(width) for _ in range(1 + extra)])
+        return nn.Sequential(Basis(inputs, width, base), *[Residual(width) for _ in range(self.blocks)])
 
     def stage(self, a, b, extra):
-        return nn.Sequential(nn.Conv2d(a, b, 1), nn.Upsample(scale_factor=2, mode="bilinear"),
-                             *[Residual(b) for _ in range(1 + extra)])
+        narrow = [nn.Conv2d(a, b, 1, bias=False)] if a != b else []
+        return nn.Sequential(*narrow, Resample(up=True), *[Residual(b) for _ in range(self.blocks)])
 
     def head(self, width, channels):
-        return nn.Sequential(nn.LeakyReLU(0.2), nn.ConvTranspose2d(width, channels, 4, 2, 1))
+        return nn.Conv2d(width, channels, 1, bias=False)
 
 
 class ResnetDiscriminator(Discriminator):
-    """The generator's mirror image."""
-    init = staticmethod(he_init)
+    """The generator's mirror image, down to features whose linear map is the logit, or meets the condition's."""
+    outer = False
+
+    def __init__(self, m):
+        super().__init__(m)
+        width = widths_of(m.width_d, m, self.outer)[-1]
+        self.linear = nn.Linear(width, 1 if self.encode is None else width, bias=False)
+        fix_up(self.stems, self.stages, self.head, self.linear)
+        if m.condition == "label":
+            self.encode, self.project = OneHot(m.known, width, width ** -0.5), nn.Identity()
+        elif self.encode is not None:
+            nn.init.normal_(self.project.weight, 0, (width * EMBEDDING) ** -0.5)
 
     def stem(self, channels, width):
-        return nn.Conv2d(channels, width, 4, 2, 1)
+        return nn.Conv2d(channels, width, 1, bias=False)
 
     def stage(self, a, b):
-        return nn.Sequential(Residual(a), nn.AvgPool2d(2), nn.Conv2d(a, b, 1))
+        widen = [nn.Conv2d(a, b, 1, bias=False)] if a != b else []
+        return nn.Sequential(*[Residual(a) for _ in range(self.blocks)], Resample(up=False), *widen)
 
     def last(self, width, base):
-        return nn.Sequential(Residual(width), nn.LeakyReLU(0.2), nn.Conv2d(width, 1, base))
+        return nn.Sequential(*[Residual(width) for _ in range(self.blocks)],
+                             nn.Conv2d(width, width, base, groups=width, bias=False), nn.Flatten())
+
+    def judge(self, h, condition):
+        features = self.head(h).float()
+        if self.encode is None:
+            return self.linear(features).flatten().float(), features
+        return self.match(features, condition), features
+
+    def match(self, features, condition):
+        return (self.linear(features).float() * self.project(self.encode(condition)[0]).float()).sum(1)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------
@@ -798,6 +900,7 @@ def load_generator(path, device="cpu"):
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path}: of another version of train.py; draw with that one, or train again")
     try:
+        saved["model"] = {"blocks": None, "width_max": None} | saved["model"]  # older files lack these
         generator, _ = build_networks(saved["model"])
         generator.load_state_dict(saved.pop("generator"))
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:

@@ -32,7 +32,8 @@ D_LOSS, G_LOSS = ({name: entry[i] for name, entry in train.LOSSES.items()} for i
 def networks(arch="dcgan", size=64, channels=3, width=64, **more):
     model = {"arch": arch, "sizes": [size], "channels": channels, "width": width, "width_d": width, "extra_convs": 0,
              "norm_d": "batch", "depth": train.default_depth(size), "latent_dim": 100, "condition": "none", "known": 0,
-             "spectral_norm": False, "attention": False, "cond_augment": False}
+             "spectral_norm": False, "attention": False, "cond_augment": False, "width_max": None,
+             "blocks": 1 if arch == "resnet" else None}
     return train.build_networks(model | more)
 
 
@@ -46,7 +47,7 @@ def test_shapes_of_networks(arch, size, channels, classes):
     G, D = networks(arch, size, channels, width=4, latent_dim=7, condition="label" if classes else "none", known=classes)
     c = torch.arange(3) % classes if classes else None
     images = G(torch.randn(3, 7), c)
-    assert images.shape == (3, channels, size, size) and images.abs().max() <= 1
+    assert images.shape == (3, channels, size, size) and (arch == "resnet" or images.abs().max() <= 1)
     logits, features = D(images, c)
     assert logits.shape == (3,) and logits.dtype == torch.float32 and features.shape[0] == 3
 
@@ -149,9 +150,10 @@ def test_penalties_and_terms_against_plain_algebra():
         losses("--loss", "hinge", "--condition", "label", condition=told)[1] + 14, rel=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["dcgan", "resnet"])
 @pytest.mark.parametrize("kind", ["label", "text", "vector"])
-def test_conditions_reach_both_networks(kind):
-    G, D = networks(size=16, width=4, condition=kind, known=9)
+def test_conditions_reach_both_networks(kind, arch):
+    G, D = networks(arch, size=16, width=4, condition=kind, known=9)
     z, x = torch.randn(2, 100), torch.randn(2, 3, 16, 16)
     one, other = {"label": (torch.tensor([0, 1]), torch.tensor([2, 1])), "vector": (torch.zeros(2, 9), torch.eye(9)[:2]),
                   "text": (torch.tensor([[1, 2, 0], [3, 4, 0]]), torch.tensor([[2, 2, 0], [3, 4, 0]]))}[kind]
@@ -164,10 +166,84 @@ def test_conditions_reach_both_networks(kind):
             assert torch.allclose(D(x, torch.tensor(told))[0], logits, atol=1e-5)
 
 
-def test_resnet_starts_as_the_identity():
-    for net in networks("resnet", size=32, width=8):
-        assert all(not m.last.weight.any() for m in net.modules() if isinstance(m, train.Residual))
-        assert all(m.weight.any() for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size != (1, 1))
+def published_block(w, x):
+    """R3GAN's residual block on a state_dict's weights, as the paper's code has it: three convolutions, two biases."""
+    groups = w["mix.weight"].shape[0] // w["mix.weight"].shape[1]
+    for name, padding, n in (("wide", 0, 1), ("mix", 1, groups)):
+        h = F.conv2d(x if name == "wide" else h, w[f"{name}.weight"], padding=padding, groups=n)
+        h = F.leaky_relu(h + w[f"{name}.bias"][:, None, None], 0.2)
+    return x + F.conv2d(h, w["last.weight"])
+
+
+def published_resampling(x, up):
+    kernel = torch.tensor([[1, 3, 3, 1], [3, 9, 9, 3], [3, 9, 9, 3], [1, 3, 3, 1]]) / 64
+    kernel = kernel.repeat(x.shape[1], 1, 1, 1)
+    if up:
+        return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=1, groups=x.shape[1])
+    return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+
+
+def below(weights, prefix):
+    return {k.removeprefix(f"{prefix}."): v for k, v in weights.items() if k.startswith(f"{prefix}.")}
+
+
+def published_networks(G, D, widths, blocks, z, x, classes=None):
+    """(images, logits) of R3GAN's forward passes, written out (Huang et al. 2024); widths from the smallest map upwards."""
+    g, d = G.state_dict(), D.state_dict()
+    z = z if classes is None else torch.cat([z, F.one_hot(classes, 10).float() @ g["encode.weight"]], 1)
+    h = g["stages.0.0.patterns"] * (z @ g["stages.0.0.linear.weight"].T)[:, :, None, None]
+    for stage in range(len(widths)):
+        first = 1  # of the blocks, after the basis or the resampling, and a convolution where widths differ
+        if stage:
+            if widths[stage] != widths[stage - 1]:
+                h, first = F.conv2d(h, g[f"stages.{stage}.0.weight"]), 2
+            h = published_resampling(h, True)
+        for i in range(blocks):
+            h = published_block(below(g, f"stages.{stage}.{first + i}"), h)
+    images = F.conv2d(h, g["heads.0.weight"])
+    h, down = F.conv2d(x, d["stems.0.weight"]), widths[::-1]
+    for stage in range(len(down) - 1):
+        for i in range(blocks):
+            h = published_block(below(d, f"stages.{stage}.{i}"), h)
+        h = published_resampling(h, False)
+        if down[stage] != down[stage + 1]:
+            h = F.conv2d(h, d[f"stages.{stage}.{blocks + 1}.weight"])
+    for i in range(blocks):
+        h = published_block(below(d, f"head.{i}"), h)
+    h = (h * d[f"head.{blocks}.weight"][:, 0]).sum((2, 3)) @ d["linear.weight"].T
+    return images, h[:, 0] if classes is None else (h * (F.one_hot(classes, 10).float() @ d["encode.weight"])).sum(1)
+
+
+@pytest.mark.parametrize("classes", [None, torch.tensor([3, 0, 9, 3])])
+@pytest.mark.parametrize("size, width, widths", [(32, 16, [16] * 4), (64, 8, [16, 16, 16, 16, 8]), (32, 6, [16, 16, 12, 6])])
+def test_resnet_is_the_published_network(size, width, widths, classes):
+    told = {"condition": "label", "known": 10} if classes is not None else {}
+    G, D = networks("resnet", size, width=width, width_max=16, blocks=2, latent_dim=5, **told)
+    torch.manual_seed(0)
+    for p in (*G.parameters(), *D.parameters()):  # the last of a block and the biases begin at 0
+        p.data += 0.1 * torch.randn_like(p)
+    z, x = torch.randn(4, 5), torch.randn(4, 3, size, size)
+    images, logits = published_networks(G, D, widths, 2, z, x, classes)
+    assert torch.allclose(G(z, classes), images, atol=1e-5) and images.std() > 0.1
+    assert torch.allclose(D(x, classes)[0], logits, atol=1e-5) and logits.std() > 1e-3
+
+
+def test_resnet_has_the_published_size_and_start():
+    G, D = networks("resnet", width=384, width_max=768, blocks=2, latent_dim=64)  # FFHQ-64: 22.4 M each
+    assert (count(G), count(D)) == (22_429_824, 22_381_440)
+    G, D = networks("resnet", width=32, width_max=64, blocks=2, latent_dim=64, condition="label", known=10)
+    for net in (G, D):
+        found = [m for m in net.modules() if isinstance(m, train.Residual)]
+        assert len(found) == 10 and not any(m.last.weight.any() or m.wide.bias.any() or m.mix.bias.any() for m in found)
+        gain = (2 / 1.04) ** 0.5 * 10 ** -0.25
+        for name, fan_in in (("wide", 64), ("mix", 16 * 9)):
+            stds = [getattr(m, name).weight.std().item() for m in found if m.wide.in_channels == 64]
+            assert np.mean(stds) == pytest.approx(gain / fan_in ** 0.5, rel=0.05)
+        assert sum(m.mix.groups for m in found) == 8 * 8 + 2 * 4, "groups of 16 channels"
+    assert G.encode.weight.std().item() == pytest.approx(10 ** -0.5, rel=0.1)
+    assert D.encode.weight.std().item() == pytest.approx(640 ** -0.5, rel=0.1)
+    torch.manual_seed(0)
+    assert 0.2 < G(torch.randn(64, 64), torch.arange(64) % 10).std() < 2
 
 
 def test_words_attend_to_places():
@@ -653,6 +729,12 @@ def test_checkpoints_of_another_version_are_refused(trained, shapes, tmp_path):
         if "level" in old:
             call("sample.py", "--run", run, "--num", "2")
     refused("sample.py", "--run", run, naming=["generator.pt", "another version"])
+    for name in ("blocks", "width_max"):  # options that came later
+        del saved["model"][name]
+    train.write_torch(run / "generator.pt", saved | {"format": train.FORMAT, "dial": 0})
+    assert train.load_generator(run / "generator.pt")[1]["model"]["width_max"] is None
+    train.write_torch(run / "generator.pt", saved | {"format": train.FORMAT, "model": saved["model"] | {"arch": "resnet"}})
+    refused("sample.py", "--run", run, naming=["generator.pt", "no generator of train.py"])
 
 
 def test_the_loss_that_the_readme_adds(tmp_path, monkeypatch):
