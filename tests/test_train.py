@@ -123,10 +123,11 @@ def losses(*options, condition=None, wrong=()):
     """(loss of D, loss of G) on a plane, with ones as real and minus ones as fakes."""
     args = train.parse_args(["--data", "-", "--out", "-", *options])
     run = SimpleNamespace(args=args, autocast=contextlib.nullcontext)
+    amounts = {name: torch.tensor(getattr(args, name)) for name in ("r1", "r2") if getattr(args, name)}
     D, G = Plane(torch.full((3, 4, 4), 0.1)), SimpleNamespace(divergence=lambda c: torch.tensor(7.0))
     x, fake = torch.ones(2, 3, 4, 4), -torch.ones(2, 3, 4, 4)
-    return (train.loss_of_d(run, D, x, condition, fake, None, *wrong)[0].item(),
-            train.loss_of_g(run, G, D, x, condition, fake)[0].item())
+    return (train.loss_of_d(run, D, amounts, x, condition, fake, None, *wrong)[0].item(),
+            train.loss_of_g(run, G, D, amounts, x, condition, fake)[0].item())
 
 
 def test_penalties_and_terms_against_plain_algebra():
@@ -294,7 +295,15 @@ def test_augmentation(tmp_path):
     assert cut.unique().tolist() == [0, 1] and cut.sum((1, 2, 3)).min() == 16 * 16 - 8 * 8
     bright = train.colour(torch.zeros(64, 3, 16, 16), 0.5)
     assert bright.abs().max() <= 0.5 and bright.flatten(1).std(1).max() < 1e-6 < bright.std()
-    assert torch.autograd.grad(train.diffaug(x).sum(), x)[0].abs().sum() > 0
+    assert torch.autograd.grad(train.diffaug(x, 1).sum(), x)[0].abs().sum() > 0
+
+
+def test_diffaug_takes_its_share_image_by_image():
+    torch.manual_seed(0)
+    x = torch.rand(4000, 1, 8, 8)
+    for share in (0, 0.3, 1):
+        varied = (train.diffaug(x, torch.tensor(share)) != x).flatten(1).any(1).float().mean().item()
+        assert varied == pytest.approx(share, abs=0.03 if share == 0.3 else 0)
 
 
 def test_auto_precision_with_penalties_avoids_fp16(tmp_path, monkeypatch):
@@ -302,16 +311,56 @@ def test_auto_precision_with_penalties_avoids_fp16(tmp_path, monkeypatch):
     assert trainer(tmp_path).run.amp == "fp16" and trainer(tmp_path, "--r1", "1").run.amp == "off"
 
 
+def at(steps, *options, total=100):
+    """What holds at these steps of a run of so many, of 4 images each."""
+    args = train.parse_args(["--data", "d", "--out", "r", "--batch-size", "4", *options])
+    data = SimpleNamespace(lead_in=0, lr_g=lambda run, step: run.args.lr_g, dial=lambda run, step: 0)
+    run = train.Run(args, data, {}, None, "off", total, total, total, None, 0, 1)
+    return [run.at(step) for step in steps]
+
+
 def test_schedules():
-    def rate(step, **options):
-        args = SimpleNamespace(**{"schedule": "constant", "lr_final": 0.05, "warmup": 0, "restarts": 2} | options)
-        return train.learning_rate(2e-4, args, step, 100)
-    assert rate(70) == 2e-4
-    assert [rate(s, schedule="cosine") for s in (0, 50, 100)] == pytest.approx([2e-4, 1.05e-4, 1e-5])
-    assert [rate(s, schedule="linear") for s in (0, 50, 100)] == pytest.approx([2e-4, 1.05e-4, 1e-5])
-    assert [rate(s, schedule="cosine-restarts") for s in (0, 25, 50, 75)] == pytest.approx([2e-4, 1.05e-4] * 2)
-    assert [rate(s, schedule="linear", warmup=20) for s in (0, 9, 19, 20, 60)] == pytest.approx(
-        [1e-5, 1e-4, 2e-4, 2e-4, 1.05e-4])
+    def rates(steps, *options):
+        return [now.lr_g for now in at(steps, "--lr-g", "2e-4:1e-5", *options)]
+    half = 1.05e-4
+    assert [2e-4] * 2 == [now.lr_d for now in at((0, 70), "--lr-g", "1:0.1")], "who has one value keeps it"
+    assert rates((0, 50, 100)) == rates((0, 50, 100), "--schedule", "cosine") == pytest.approx([2e-4, half, 1e-5])
+    assert rates((25,)) == pytest.approx([1e-5 + 1.9e-4 * (1 + math.cos(math.pi / 4)) / 2])
+    quarter = 2e-4 - 1.9e-4 / 4
+    assert rates((0, 25, 50, 100), "--schedule", "linear") == pytest.approx([2e-4, quarter, half, 1e-5])
+    again = ("--schedule", "cosine-restarts", "--restarts", "2")
+    assert rates((0, 25, 50, 75, 100), *again) == pytest.approx([2e-4, half, 2e-4, half, 1e-5])
+    burn_in = ("--burn-in", "80")  # images: 20 steps
+    assert rates((0, 10, 20, 21, 99), *burn_in) == pytest.approx([2e-4, half, 1e-5, 1e-5, 1e-5])
+    assert rates((0, 5, 20), *burn_in, "--schedule", "linear") == pytest.approx([2e-4, quarter, 1e-5])
+    assert rates((0, 5, 10, 15, 20, 50), *burn_in, *again) == pytest.approx([2e-4, half, 2e-4, half, 1e-5, 1e-5])
+    assert [now.lr_g for now in at((0, 9, 19, 20, 60), "--lr-g", "2e-4", "--warmup", "20")] == pytest.approx(
+        [1e-5, 1e-4, 2e-4, 2e-4, 2e-4])
+    assert rates((0, 9, 50), "--schedule", "linear", "--warmup", "20") == pytest.approx(
+        [1e-5, (2e-4 - 0.09 * 1.9e-4) / 2, half])
+
+
+def test_all_that_may_change_does_so_together():
+    """R3GAN's recipe at its beginning, in the middle of the burn-in, at its end and after."""
+    steps = at((0, 5000, 10_000, 50_000), "--r1", "2:0.2", "--r2", "1:0.1", "--beta2", "0.9:0.99", "--diffaug", "0:0.3",
+               "--ema-images", "0:800", "--burn-in", "4e4", total=60_000)
+    middle_and_end = {"r1": (2, 1.1, 0.2), "r2": (1, 0.55, 0.1), "diffaug": (0, 0.15, 0.3)}
+    for name, (first, middle, end) in middle_and_end.items():
+        assert [now.amounts[name] for now in steps] == pytest.approx([first, middle, end, end])
+    assert [now.beta2 for now in steps] == pytest.approx([0.9, 0.945, 0.99, 0.99])
+    # half-lives of 0, 400 and 800 images; the first steps forget faster in any case
+    assert [now.share for now in steps] == pytest.approx([1, 1 - 0.5 ** 0.01, 1 - 0.5 ** 0.005, 1 - 0.5 ** 0.005])
+    assert [now.share for now in at((0, 9, 99_999), "--ema-images", "4")] == pytest.approx([0.9, 0.5, 0.5])
+    assert at((7,), "--ema-images", "0")[0].share == 1
+    assert [now.share for now in at((0, 9000, 10_000), "--ema", "0.5:0.9", total=10_000)] == pytest.approx(
+        [0.9, 1 - (0.9 - 0.4 * (1 + math.cos(0.9 * math.pi)) / 2), 0.1])
+
+
+def test_a_value_that_is_not_to_change_is_a_number(capsys):
+    args = train.parse_args(["--data", "d", "--out", "r", "--lr-g", "2e-4:2e-4", "--diffaug", "--r1", "0:0"])
+    assert (args.lr_g, args.diffaug, args.r1, args.schedule, args.ema) == (2e-4, 1, 0, "constant", 0.999)
+    args = train.parse_args(["--data", "d", "--out", "r", "--lr-g", "2e-4:5e-5", "--diffaug", "0:.3", "--ema-images", "0"])
+    assert (args.lr_g, args.diffaug, args.schedule, args.ema) == ("0.0002:5e-05", "0.0:0.3", "cosine", None)
 
 
 def test_what_a_run_leaves(trained):
@@ -425,18 +474,22 @@ def test_average_generator(tmp_path):
 @pytest.mark.parametrize("option", [("--real-label", "0.9"), ("--fake-label", "0.1"), ("--lr-g", "1e-3"),
                                     ("--lr-d", "1e-3"), ("--beta1", "0"), ("--clip-grad", "0.01"), ("--flip",),
                                     ("--grad-accum", "2"), ("--seed", "1"), ("--amp", "bf16"), ("--amp", "fp16"),
-                                    ("--schedule", "cosine"), ("--latent-dim", "99"), ("--loss", "relativistic"), ("--r1", "1"),
+                                    ("--lr-g", "1e-3:0"), ("--latent-dim", "99"), ("--loss", "relativistic"), ("--r1", "1"),
                                     ("--r2", "1"), ("--norm-d", "none"), ("--extra-convs", "1"),
                                     ("--width-d", "4"), ("--ema", "0.01"), ("--loss", "hinge"), ("--loss", "lsgan"),
                                     ("--loss", "wgan-gp"), ("--gp", "1"), ("--spectral-norm",), ("--diffaug",),
+                                    ("--diffaug", "0:0.5"), ("--r1", "0:1"), ("--beta2", "0.9:0.99"), ("--ema", "0:0.9"),
+                                    ("--ema-images", "32"), ("--burn-in", "32"), ("--blocks", "1"), ("--width-max", "8"),
                                     ("--crop-shift", "0.1"), ("--jitter", "0.3"), ("--feature-matching", "1"),
                                     ("--optimizer", "adamw"), ("--optimizer", "rmsprop"), ("--beta2", "0.9"),
                                     ("--d-steps", "2"), ("--d-interval", "2"), ("--schedule", "linear"),
-                                    ("--schedule", "cosine-restarts"), ("--warmup", "5"), ("--lr-final", "0.5"),
+                                    ("--schedule", "cosine-restarts"), ("--warmup", "5"),
                                     ("--restarts", "9"), ("--grow", "8,16"), ("--arch", "resnet"),
                                     ("--mismatch-weight", "0.5"), ("--attention",), ("--cond-augment", "1")])
 def test_each_option_does_something(option, tmp_path):
-    base = ("--amp", "off", *{"--lr-final": ("--schedule", "cosine"), "--restarts": ("--schedule", "cosine-restarts"),
+    changing = ("--lr-g", "1e-3:0", "--lr-d", "1e-3:0")
+    base = ("--amp", "off", *{"--schedule": changing, "--restarts": (*changing, "--schedule", "cosine-restarts"),
+                              "--burn-in": changing, "--blocks": ("--arch", "resnet"),
                               "--mismatch-weight": ("--condition", "text"), "--attention": ("--condition", "text"),
                               "--cond-augment": ("--condition", "text")}.get(option[0], ()))
     plain, other = (steps_of(trainer(tmp_path, *base, *o), 3) for o in ((), option))
@@ -647,6 +700,7 @@ def test_refusals(shapes, trained, tmp_path, capsys):
             train.parse_args(["--data", "-", "--out", "-", option, value])
         assert option in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
     refused(*base, "--depth", "5", naming="--depth")
+    refused(*base, "--lr-g", "1e-3:0", "--epochs", "2", "--burn-in", "513", naming=["--burn-in 513", "512 images", "--epochs"])
     refused(*base, "--grow", "12,16", naming="--grow")
     refused(*base, "--grow", "8,16", "--compile", naming=["--grow", "--compile"])
     refused(*base, "--attention", naming=["--attention", "--condition text"])
@@ -675,16 +729,24 @@ def test_refusals(shapes, trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, naming", [
-    (("--restarts", "4"), "--restarts needs --schedule cosine-restarts"), (("--lr-final", "0"), "--lr-final needs"),
+    (("--restarts", "4"), "--restarts needs --schedule cosine-restarts"), (("--lr-g", "1:2:3"), "--lr-g"),
+    (("--lr-g", "a:b"), "invalid number or START:END value: 'a:b'"), (("--r1", "1:"), "--r1"), (("--r1", ":1"), "--r1"),
+    (("--beta2", "0.9:1"), "--beta2: 1 must be between 0 and 0.999999"), (("--lr-d", "1e-3:nan"), "--lr-d"),
+    (("--schedule", "linear"), "--schedule needs a value START:END"), (("--burn-in", "64"), "--burn-in needs a value START:END"),
+    (("--schedule", "constant", "--r2", "1:0"), "--schedule constant: --r2 1.0:0.0 changes: give it one value"),
+    (("--ema", "0.9", "--ema-images", "99"), "--ema-images does not go with --ema"), (("--diffaug", "1.5"), "--diffaug"),
+    (("--width-max", "32"), "--width-max 32: below --width 64"), (("--width", "8", "--width-d", "9", "--width-max", "8"), "--width-d 9"),
+    (("--blocks", "2"), "--blocks needs --arch resnet"),
+    (("--extra-convs", "1", "--arch", "resnet"), "--extra-convs does not go with --arch resnet"),
     (("--beta1", "0.5", "--optimizer", "rmsprop"), "--beta1 needs --optimizer adam"), (("--fid-num", "9"), "--fid-num needs"),
     (("--patience", "3"), "--patience needs --fid-every"), (("--attention",), "--attention needs --condition text"),
     (("--cond-augment", "1"), "--cond-augment needs --condition"), (("--real-label", "0.9", "--loss", "hinge"), "--real-label needs"),
     (("--norm-d", "none", "--arch", "resnet"), "--norm-d does not go with --arch resnet"),
     (("--pretrain-lr", "0.1", "--arch", "seq"), "--pretrain-lr needs --pretrain-epochs"),
-    (("--temperature-end", "1"), "--temperature-end needs --arch seq"), (("--flip", "--arch", "seq"), "--flip needs --arch dcgan"),
-    (("--temperature-decay", "0.9", "--arch", "seq", "--temperature-schedule", "exponential"), "--temperature-decay needs"),
+    (("--temperature", "1"), "--temperature needs --arch seq"), (("--flip", "--arch", "seq"), "--flip needs --arch dcgan"),
+    (("--temperature", "0:1", "--arch", "seq"), "--temperature: 0 must be between"),
     (("--grow", "8,16", "--compile"), "--grow does not go with --compile"),
-    (("--batch", "3"), "did you mean --batch-size?"), (("--lr", "1"), "did you mean --lr-g or --lr-d or --lr-final?"),
+    (("--batch", "3"), "did you mean --batch-size?"), (("--lr", "1"), "did you mean --lr-g or --lr-d?"),
     (("--lr-g", "nan"), "--lr-g"), (("--r1", "inf"), "--r1"), (("--ema", "1"), "between 0 and 0.999999")])
 def test_options_without_effect_and_out_of_range_are_refused_by_name(options, naming, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -781,9 +843,9 @@ def test_wrong_conditions_come_from_the_whole_batch_under_accumulation(tmp_path,
     t = trainer(tmp_path, "--condition", "text", "--mismatch-weight", "0.5", "--grad-accum", "16", "--amp", "off")
     pairs, loss_of_d = [], train.loss_of_d
 
-    def watched(run, D, x, c, fake, dial, wrong, differs):
+    def watched(run, D, amounts, x, c, fake, dial, wrong, differs):
         pairs.append((c, wrong, differs))
-        return loss_of_d(run, D, x, c, fake, dial, wrong, differs)
+        return loss_of_d(run, D, amounts, x, c, fake, dial, wrong, differs)
     monkeypatch.setattr(train, "loss_of_d", watched)
     steps_of(t, 1)
     assert len(pairs) == 16 and all(len(c) == 1 and differs.all() for c, _, differs in pairs)
