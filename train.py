@@ -386,7 +386,7 @@ def make_grid(pixels, columns=8):
 # ---- augmentation, on the device: images (B, C, H, W) in [-1, 1] -----------------------------------------
 
 def diffaug(x, share):
-    """DiffAugment (Zhao et al. 2020) of a share: colour, shift by up to 1/8, half the side squared cut."""
+    """DiffAugment (Zhao et al. 2020) a share: colour, shift by up to 1/8, a square of half the side."""
     varied = cut_out(shift(colour(x, 0.5), 1 / 8, "constant"))
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < share, varied, x)
 
