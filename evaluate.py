@@ -875,7 +875,7 @@ def read_run(folder):
         "generated": first.get("n_generated") or "", "real": first.get("n_real") or "",
         "epochs": number(last.get("epoch"), 1),
         "loss G": number(last.get("loss_g")), "loss D": number(last.get("loss_d")),
-        "batch": options["batch_size"], "lr G": f"{options['lr_g']:g}", "lr D": f"{options['lr_d']:g}",
+        "batch": options["batch_size"], "lr G": options["lr_g"], "lr D": options["lr_d"],
         "latent": options["latent_dim"], "time": training_time(log),
         "hardware": f"{config['processes']} × {hardware['name']}, {hardware['cores']} cores",
         "date": status["time"][:10], "state": status["state"]}

@@ -178,7 +178,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-        self.rules, self.named = {}, []  # the rules of each option; the options that the call named
+        self.rules = {}  # of each option
+        self.named, self.own = [], set()  # the options that the call named; without those of a recipe
 
     def group(self, title, **common):
         """A function that declares options under this title; what is in common holds for each of them."""
@@ -206,17 +207,21 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args([word for word in argv if word != "--"])
         self.named = list(dict.fromkeys(options[word].dest for word in words))
         own = argv[argv.index("--"):] if "--" in argv else argv
-        own = {options[word].dest for word in words if any(w.split("=")[0] == word for w in own)}
+        self.own = {options[word].dest for word in words if any(w.split("=")[0] == word for w in own)}
         for name in self.named:
             needs, excludes = self.rules.get(name, ((), ()))
             wrong = [f"needs {rule}" for rule in needs if not holds(rule, args)]
             wrong += [f"does not go with {rule}" for rule in excludes if holds(rule, args)]
-            if wrong and name in own:
-                fail(f"{flag(name)} {wrong[0]}")
             if wrong:
-                print(f"note: {flag(name)} of the recipe is left out: it {wrong[0]}", file=sys.stderr)
-                setattr(args, name, self.get_default(name))
+                self.needless(args, name, wrong[0])
         return args
+
+    def needless(self, args, name, reason):
+        """Refuse an option that has no effect, or leave it out where it is a recipe's."""
+        if name in self.own:
+            fail(f"{flag(name)} {reason}")
+        print(f"note: {flag(name)} of the recipe is left out: it {reason}", file=sys.stderr)
+        setattr(args, name, self.get_default(name))
 
     def error(self, message):
         fail(message if message.endswith("?") else f"{message} (--help lists the options)")

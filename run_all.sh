@@ -26,6 +26,8 @@ say() { echo "$@" 2>/dev/null || true; }
 recipe=${1:-shapes}
 shift || true
 prepare=() train=() count=2048 pictures=(--grid --interpolate 8) real=()
+# what is common to the recipes of Huang et al. 2024
+r3gan=(--arch resnet --blocks 2 --width-max 768 --latent-dim 64 --loss relativistic --beta1 0 --beta2 0.9:0.99)
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
                 train=(--condition text --mismatch-weight 0.5 --width 64 --width-d 32 --extra-convs 1 --loss relativistic
@@ -39,7 +41,7 @@ case $recipe in
                 real=(--num-real 2048) ;;
     anime64)    prepare=(folder --size 64)
                 train=(--arch upsample --batch-size 800 --epochs 100 --real-label 0.9 --fake-label 0.1
-                       --lr-g 2e-4 --lr-d 2e-4 --schedule cosine --lr-final 0.05 --flip)
+                       --lr-g 2e-4:1e-5 --lr-d 2e-4:1e-5 --flip)
                 count=10000 ;;
     celeba64)   prepare=(celeba --size 64 --crop 178)
                 train=(--batch-size 128 --epochs 200 --flip)
@@ -53,20 +55,30 @@ case $recipe in
                 real=(--num-real 2048) ;;
     celeba64-r3)
                 prepare=(celeba --size 64 --crop 178)
-                train=(--arch resnet --loss relativistic --r1 1 --r2 1 --latent-dim 64 --width 64 --batch-size 256
-                       --epochs 200 --beta1 0 --beta2 0.99 --schedule cosine --lr-final 0.25 --flip)
+                train=("${r3gan[@]}" --width 384 --batch-size 256 --epochs 500 --flip --r1 2:0.2 --r2 2:0.2
+                       --lr-g 2e-4:5e-5 --lr-d 2e-4:5e-5 --ema-images 0:500000 --diffaug 0:0.3 --burn-in 20e6)
                 count=50000 ;;
+    cifar10-r3) prepare=(cifar10 --size 32)
+                train=("${r3gan[@]}" --width 768 --batch-size 512 --epochs 5000 --flip --r1 0.05:0.005 --r2 0.05:0.005
+                       --lr-g 2e-4:5e-5 --lr-d 2e-4:5e-5 --ema-images 0:5e6 --diffaug 0:0.55 --burn-in 20e6
+                       --condition label)
+                count=50000 ;;
+    stacked-mnist-r3)
+                prepare=(stacked-mnist --size 32)
+                train=("${r3gan[@]}" --width 768 --batch-size 512 --epochs 167 --r1 1:0.1 --r2 1:0.1
+                       --ema-images 0:500000 --burn-in 2e6)
+                count=25600 ;;
     coco32)     prepare=(coco --size 32)
                 train=(--condition text --mismatch-weight 0.5 --batch-size 512 --epochs 100 --flip --log-every 50)
                 count=10000 ;;
     coco64)     prepare=(coco --size 64)
                 train=(--condition text --mismatch-weight 0.5 --attention --cond-augment 1 --feature-matching 0.01
-                       --lr-g 2e-4 --lr-d 1e-4 --clip-grad 1 --schedule cosine-restarts --batch-size 128 --epochs 40
+                       --lr-g 2e-4:0 --lr-d 1e-4:0 --clip-grad 1 --schedule cosine-restarts --batch-size 128 --epochs 40
                        --flip)
                 count=10000 ;;
     captions)   prepare=(text --level word)
                 train=(--arch seq --loss relativistic --width 64 --batch-size 64 --epochs 8 --pretrain-epochs 4
-                       --lr-g 1e-4 --lr-d 1e-4 --clip-grad 5)
+                       --lr-g 1e-4 --lr-d 1e-4 --clip-grad 5 --temperature 2:1.7 --schedule linear)
                 pictures=() ;;
     folder)     prepare=(folder --size 64)
                 train=(--batch-size 64 --epochs 200 --flip --save-every 500)

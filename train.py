@@ -50,6 +50,8 @@ STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "g
 # options that a resumed run may change: where, how long and how it is watched
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device",
         "compile", "graphs", "max_skips", "fid_every", "fid_num", "patience", "tracker"}
+# options that may be START:END
+COURSES = ("lr_g", "lr_d", "r1", "r2", "diffaug", "beta2", "ema", "ema_images", "temperature")
 # what a run writes into RUN/, beside grids/ and the trackers' folders
 WRITTEN = ("config.json", "status.json", "log.jsonl", "fid.jsonl", "generator.pt", "best.pt", "error.pt",
            "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.damaged.pt", "checkpoint.next.pt")
@@ -57,6 +59,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 # ---- options ---------------------------------------------------------------------------------------------
+
+def course(low, high=math.inf):
+    """An argparse type: a number from low to high, or START:END as a string of two that differ."""
+    number = within(low, high)
+
+    def ends(text):
+        start, end = [number(part) for part in text.split(":")] * (2 if ":" not in text else 1)
+        return start if start == end else f"{start}:{end}"
+    ends.__name__ = "number or START:END"
+    return ends
+
+
+def between(value, share, through=lambda x: x, back=lambda x: x):
+    """A number, or of START:END the number at this share of START; evenly in what `through` makes of them."""
+    start, _, end = str(value).partition(":")
+    start, end = through(float(start)), through(float(end or start))
+    return back(end + (start - end) * share)
+
 
 def parse_args(argv=None):
     """The options, those that hang on others resolved."""
@@ -75,7 +95,10 @@ def parse_args(argv=None):
     add("--width", type=count, default=64, help="channels at the highest resolution, doubled at each halving")
     add("--width-d", type=count, help="the same of D alone (default: as --width)")
     add = parser.group("networks of images", needs=[images])
-    add("--extra-convs", type=within(0, 100, int), default=0, help="more 3×3 convolutions a resolution of G")
+    add("--width-max", type=count, help="the most channels of both (default: no bound)")
+    add("--blocks", type=count, needs="--arch resnet", help="residual blocks a resolution (default: 2)")
+    add("--extra-convs", type=within(0, 100, int), default=0, excludes="--arch resnet", help="more 3×3 "
+        "convolutions a resolution of G")
     add("--depth", type=count, help="doublings from first feature map to image (default: from 4 to 7 pixels)")
     add("--latent-dim", type=count, default=100, help="numbers in z")
     add("--norm-d", choices=["batch", "none"], excludes="--arch resnet", help="normalisation in D (default: "
@@ -89,9 +112,9 @@ def parse_args(argv=None):
     add = parser.group("objective")
     add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; "
         "hinge; lsgan; wgan-gp; relativistic: of real against fake in pairs")
-    add("--r1", type=weight, metavar="GAMMA", help="weight of D's squared gradient at real images (default: "
-        "0.05 with relativistic, else 0)")
-    add("--r2", type=weight, metavar="GAMMA", help="the same at fakes")
+    add("--r1", type=course(0), metavar="START:END", help="weight of D's squared gradient at real images "
+        "(default: 0.05 with relativistic, else 0)")
+    add("--r2", type=course(0), metavar="START:END", help="the same at fakes")
     add("--gp", type=weight, metavar="WEIGHT", help="gradient penalty between real and fake (default: 10 "
         "with wgan-gp, else 0)")
     add("--feature-matching", type=weight, default=0.0, metavar="WEIGHT", help="G matches D's mean features")
@@ -105,20 +128,26 @@ def parse_args(argv=None):
     add("--batch-size", type=count, default=64, help="images a step, over all processes and parts")
     add("--epochs", type=count, default=25, help="passes over the data")
     add("--max-steps", type=count, help="end after so many steps, if that is earlier")
-    add("--lr-g", type=share, default=2e-4, help="learning rate of G")
-    add("--lr-d", type=share, default=2e-4, help="learning rate of D")
+    add("--lr-g", type=course(0, 1), default=2e-4, metavar="START:END", help="learning rate of G, "
+        "as 2e-4, or 2e-4:5e-5 if it is to change")
+    add("--lr-d", type=course(0, 1), default=2e-4, metavar="START:END", help="learning rate of D")
     add("--d-steps", type=count, default=1, help="steps of D for each of G")
     add("--d-interval", type=count, default=1, help="D learns in one of so many steps")
-    add("--schedule", choices=["constant", "linear", "cosine", "cosine-restarts"], default="constant",
-        help="course of both learning rates")
-    add("--warmup", type=within(0, kind=int), default=0, metavar="STEPS", help="in which they rise from 0")
+    add("--schedule", choices=["constant", "linear", "cosine", "cosine-restarts"], help="course of all that "
+        "is START:END, here and elsewhere (default: cosine if anything is, else constant)")
+    add("--burn-in", type=within(1), metavar="IMAGES", help="after which all that is START:END stays at END "
+        "(default: the whole run)")
     add("--restarts", type=count, default=4, needs="--schedule cosine-restarts", help="cycles")
-    add("--lr-final", type=share, default=0.0, needs="--schedule linear or cosine or cosine-restarts",
-        help="where it ends, as a share of the learning rate")
+    add("--warmup", type=within(0, kind=int), default=0, metavar="STEPS", help="in which both learning rates "
+        "rise from 0")
     add("--optimizer", choices=list(OPTIMIZERS), default="adam", help="adamw decays weights by 0.01")
     add("--beta1", type=decay, default=0.5, needs="--optimizer adam or adamw", help="of the mean gradient")
-    add("--beta2", type=decay, default=0.999, help="decay of the mean square, RMSprop's too")
-    add("--ema", type=decay, default=0.999, help="decay a step of the average of G")
+    add("--beta2", type=course(0, 0.999999), default=0.999, metavar="START:END", help="decay of the mean "
+        "square, RMSprop's too; if it changes, there are no CUDA graphs")
+    add("--ema", type=course(0, 0.999999), metavar="START:END", help="decay a step of the average of G "
+        "(default: 0.999)")
+    add("--ema-images", type=course(0), excludes="--ema", metavar="START:END", help="that decay as a "
+        "half-life in images; 0: no average")
     add("--clip-grad", type=within(1e-12), help="largest norm of a network's gradient")
     add("--grad-accum", type=count, default=1, help="parts into which a batch is cut to save memory")
     add("--max-skips", type=count, default=100, help="non-finite updates in a row that end the run")
@@ -146,11 +175,29 @@ def parse_args(argv=None):
     add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there "
         "is one; never: start over and replace what RUN holds; or a checkpoint's path")
     args = parser.parse_args(argv)
-    for name, default in {"r1": 0.0, "r2": 0.0, "gp": 0.0, **LOSSES[args.loss][2]}.items():
+    kind = ARCHITECTURES[args.arch][2]
+    defaults = {"r1": 0.0, "r2": 0.0, "gp": 0.0, **LOSSES[args.loss][2], **kind.defaults}
+    if args.ema_images is None:
+        defaults["ema"] = 0.999
+    if args.arch == "resnet":
+        defaults["blocks"] = 2
+    for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     args.norm_d = args.norm_d or ("none" if args.r1 or args.r2 or args.gp else "batch")
     args.width_d = args.width_d or args.width
+    for name in ("width", "width_d"):
+        if args.width_max and getattr(args, name) > args.width_max:
+            fail(f"--width-max {args.width_max}: below {flag(name)} {getattr(args, name)}, the width that it "
+                 "bounds: raise it or lower that one")
+    changing = [name for name in COURSES if isinstance(getattr(args, name, None), str)]
+    if changing and args.schedule == "constant":
+        name = changing[0]
+        fail(f"--schedule constant: {flag(name)} {getattr(args, name)} changes: give it one value")
+    for name in ("schedule", "burn_in"):
+        if getattr(args, name) not in (None, "constant") and not changing:
+            parser.needless(args, name, "needs a value START:END, such as --lr-g 2e-4:5e-5")
+    args.schedule = args.schedule or ("cosine" if changing else "constant")
     for name in args.tracker:
         if importlib.util.find_spec(name) is None:
             fail(f"--tracker {name} needs a package: pip install {name}")
@@ -167,6 +214,7 @@ class Images:
     """
     unit, dial_is = "images", "size drawn"  # see Generator
     key = "size"  # what the meta.json of this kind alone has
+    defaults, lead_in = {}, 0  # of options; steps before all that is START:END sets out
 
     @staticmethod
     def add_options(parser):
@@ -176,8 +224,9 @@ class Images:
             "to this share of a side")
         add("--jitter", type=within(0, 1), default=0.0, metavar="STRENGTH", help="vary brightness, contrast "
             "and saturation of real images; G learns that too")
-        add("--diffaug", action="store_true", help="DiffAugment real and generated images alike: for some "
-            "thousand images")
+        add("--diffaug", type=course(0, 1), nargs="?", const=1.0, default=0.0,
+            metavar="START:END", help="DiffAugment real and generated images alike, all (without a number) "
+            "or this share of them: for some thousand images")
 
     def __init__(self, args, data):
         self.meta, kind = data.meta, args.condition
@@ -188,7 +237,8 @@ class Images:
         name = {"none": None, "label": "labels", "text": "tokens", "vector": "embeddings"}[kind]
         self.condition, self.conditions = kind, data.array(name) if name else None
         self.rows = data.array("images")
-        self.steady = not args.grow  # every step does the same, and can be recorded
+        # whether every step does the same, and can be recorded
+        self.steady = not args.grow and not isinstance(args.beta2, str)
         # what generator.pt says of DATA
         self.about = {k: self.meta.get(k) for k in ("classes", "vocabulary", "text_encoder")}
         if kind == "label":
@@ -208,8 +258,8 @@ class Images:
             fail(f"--grow {args.grow}: sizes separated by commas, of {', '.join(possible)}, up to the last")
         known = self.conditions.shape[2] if self.condition == "vector" else len(
             {"none": (), "label": meta["classes"], "text": meta["vocabulary"]}[self.condition])
-        names = ("arch", "width", "width_d", "extra_convs", "latent_dim", "norm_d", "spectral_norm",
-                 "attention", "cond_augment")
+        names = ("arch", "width", "width_d", "width_max", "blocks", "extra_convs", "latent_dim", "norm_d",
+                 "spectral_norm", "attention", "cond_augment")
         return {name: getattr(args, name) for name in names} | {
             "depth": depth, "sizes": [int(s) for s in sizes], "channels": meta["channels"],
             "condition": self.condition, "known": known}
@@ -335,9 +385,10 @@ def make_grid(pixels, columns=8):
 
 # ---- augmentation, on the device: images (B, C, H, W) in [-1, 1] -----------------------------------------
 
-def diffaug(x):
-    """DiffAugment (Zhao et al. 2020): colour, shift by up to 1/8, a square of half the side cut out."""
-    return cut_out(shift(colour(x, 0.5), 1 / 8, "constant"))
+def diffaug(x, share):
+    """DiffAugment (Zhao et al. 2020) a share: colour, shift by up to 1/8, a square of half the side."""
+    varied = cut_out(shift(colour(x, 0.5), 1 / 8, "constant"))
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < share, varied, x)
 
 
 def colour(x, strength):
@@ -406,25 +457,35 @@ class WordAttention(nn.Module):
         return x + found.transpose(1, 2).reshape(x.shape)
 
 
+def widths_of(width, m, outer):
+    """Channels from the highest resolution down: doubled at each halving, up to --width-max."""
+    return [min(width << i, m.width_max or width << i) for i in range(m.depth + (not outer))]
+
+
 class Generator(nn.Module):
-    """G(z (B, noise_dim), condition, dial) -> images (B, channels, size, size) in [-1, 1].
+    """G(z (B, noise_dim), condition, dial) -> images (B, channels, size, size), those of DATA in [-1, 1].
 
     condition: what the encoder of its kind takes, or None. The first stage makes a small feature map, each
-    other doubles it, and so does the head. With several sizes (--grow) the dial says which is drawn: 0.3 is
-    the second at 30 % over the first; None the last.
+    other doubles it, and so does the head of most. With several sizes (--grow) the dial says which is drawn:
+    0.3 is the second at 30 % over the first; None the last.
     """
     init = staticmethod(lambda module: None)  # how parts are initialised where PyTorch's way will not do
+    outer = True  # the head doubles the map, D's stem halves it
+    squash = staticmethod(torch.tanh)
+    told = 1 / 4  # scale of the condition: at z's own G varies with it alone, forgets z
 
     def __init__(self, m):
         super().__init__()
+        self.blocks = m.blocks  # a resolution, of resnet
         self.encode = None if m.condition == "none" else Encoder(m.condition, m.known)
         self.augment = nn.Linear(EMBEDDING, 2 * EMBEDDING) if m.cond_augment else None
         self.noise_dim = m.latent_dim + (EMBEDDING if m.cond_augment else 0)
-        widths = [m.width << i for i in reversed(range(m.depth))]  # 64×64, width 64: 512, 256, 128, 64
+        widths = widths_of(m.width, m, self.outer)[::-1]  # 64×64, width 64: 512, 256, 128, 64
         base, inputs = m.sizes[-1] >> m.depth, m.latent_dim + (EMBEDDING if self.encode else 0)
         self.stages = nn.ModuleList([self.first(inputs, widths[0], base, m.extra_convs)])
         self.stages.extend(self.stage(a, b, m.extra_convs) for a, b in zip(widths, widths[1:]))
-        self.ends = [(size // base).bit_length() - 2 for size in m.sizes]  # the last stage of each size
+        # the last stage of each size
+        self.ends = [(size // base).bit_length() - 1 - self.outer for size in m.sizes]
         self.heads = nn.ModuleList(self.head(widths[end], m.channels) for end in self.ends)
         self.attended = m.depth // 2
         for part in (self.stages, self.heads):
@@ -447,7 +508,7 @@ class Generator(nn.Module):
                 z, noise = z.split([z.shape[1] - EMBEDDING, EMBEDDING], 1)
                 mean, log_variance = self.distribution(vector)
                 vector = mean + noise * (log_variance / 2).exp()
-            z = torch.cat([z, vector / 4], 1)  # at z's own scale G varies with the condition alone, forgets z
+            z = torch.cat([z, vector * self.told], 1)
         level = len(self.heads) - 1 if dial is None else dial
         drawn, x, maps = math.ceil(level), z, []
         for i, stage in enumerate(self.stages[:self.ends[drawn] + 1]):
@@ -459,7 +520,7 @@ class Generator(nn.Module):
         if level < drawn:  # progressive growing fades the new size in (Karras et al. 2018)
             before = self.heads[drawn - 1](maps[self.ends[drawn - 1]])
             image = torch.lerp(F.interpolate(before, size=image.shape[2:]), image, level - drawn + 1)
-        return image.tanh()
+        return self.squash(image)
 
 
 class Discriminator(nn.Module):
@@ -468,11 +529,12 @@ class Discriminator(nn.Module):
     The condition is judged by projection (Miyato & Koyama 2018) on the sum of the features over the places;
     what is returned is their mean.
     """
-    init = staticmethod(lambda module: None)
+    init, outer = staticmethod(lambda module: None), True
 
     def __init__(self, m):
         super().__init__()
-        widths, self.normalised = [m.width_d << i for i in range(m.depth)], m.norm_d == "batch"
+        widths, self.normalised = widths_of(m.width_d, m, self.outer), m.norm_d == "batch"
+        self.blocks = m.blocks
         self.starts = [(m.sizes[-1] // size).bit_length() - 1 for size in m.sizes]  # first stage of each size
         self.stems = nn.ModuleList(self.stem(m.channels, widths[start]) for start in self.starts)
         self.stages = nn.ModuleList(self.stage(a, b) for a, b in zip(widths, widths[1:]))
@@ -499,6 +561,10 @@ class Discriminator(nn.Module):
                 h = torch.lerp(self.stems[seen - 1](smaller), h, level - seen + 1)
             if i < len(self.stages):
                 h = self.stages[i](h)
+        return self.judge(h, condition)
+
+    def judge(self, h, condition):
+        """(logits, features) of the last feature map."""
         logits, features = self.head(h).flatten().float(), h.mean((2, 3)).float()
         return logits if self.encode is None else logits + self.match(features, condition), features
 
@@ -516,11 +582,9 @@ def dcgan_init(module):
 
 
 def he_init(module):
-    """He et al. 2015, for convolutions without normalisation; the last of a residual block starts at 0."""
+    """He et al. 2015, for convolutions without normalisation."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, 0.2)
-    if isinstance(module, Residual):
-        nn.init.zeros_(module.last.weight)
 
 
 class DCGANGenerator(Generator):
@@ -589,44 +653,124 @@ class UpsampleDiscriminator(Discriminator):
 
 
 class Residual(nn.Module):
-    """x + 1×1(LeakyReLU(3×3(LeakyReLU(x)))), the last convolution 0 at first."""
+    """x + 1×1(act(3×3(act(1×1(x))))) at twice the width, in groups of 16; act: a bias, then LeakyReLU 0.2."""
 
     def __init__(self, width):
         super().__init__()
-        self.conv, self.last = nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 1)
+        groups = width // 8 if width % 8 == 0 else 1
+        self.wide = nn.Conv2d(width, 2 * width, 1)
+        self.mix = nn.Conv2d(2 * width, 2 * width, 3, 1, 1, groups=groups)
+        self.last = nn.Conv2d(2 * width, width, 1, bias=False)
 
     def forward(self, x):
-        return x + self.last(F.leaky_relu(self.conv(F.leaky_relu(x, 0.2)), 0.2))
+        return x + self.last(F.leaky_relu(self.mix(F.leaky_relu(self.wide(x), 0.2)), 0.2))
+
+
+class Resample(nn.Module):
+    """A feature map at twice its side, or half: bilinear, over borders of 0."""
+
+    def __init__(self, up):
+        super().__init__()
+        side = torch.tensor([1.0, 3, 3, 1]) / (4 if up else 8)
+        self.convolve = F.conv_transpose2d if up else F.conv2d
+        self.register_buffer("kernel", side.outer(side).expand(1, 1, 4, 4).clone(), persistent=False)
+
+    def forward(self, x):
+        return self.convolve(x, self.kernel.expand(x.shape[1], -1, -1, -1), None, 2, 1, groups=x.shape[1])
+
+
+class Basis(nn.Module):
+    """The first feature map: learnt patterns, weighed by a linear map of what G is told."""
+
+    def __init__(self, inputs, width, base):
+        super().__init__()
+        self.linear = nn.Linear(inputs, width, bias=False)
+        self.patterns = nn.Parameter(torch.randn(width, base, base))
+
+    def forward(self, x):
+        return self.patterns * self.linear(x)[:, :, None, None]
+
+
+class OneHot(nn.Embedding):
+    """In an Encoder's place: a linear map of a class's one-hot vector, of weights N(0, gain²/known)."""
+
+    def __init__(self, known, width, gain=1.0):
+        super().__init__(known, width)
+        nn.init.normal_(self.weight, 0, gain * known ** -0.5)
+
+    def forward(self, condition):
+        return super().forward(condition), None, None
+
+
+@torch.no_grad()
+def fix_up(*parts):
+    """Weights N(0, 1/fan-in); in residual blocks less, by their number, and 0 at the end of each."""
+    modules = [module for part in parts for module in part.modules()]
+    blocks = [module for module in modules if isinstance(module, Residual)]
+    for module in modules:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.normal_(module.weight, 0, module.weight[0].numel() ** -0.5)
+    for block in blocks:
+        for conv in (block.wide, block.mix):
+            conv.weight.mul_(nn.init.calculate_gain("leaky_relu", 0.2) * len(blocks) ** -0.25)
+            conv.bias.zero_()
+        block.last.weight.zero_()
 
 
 class ResnetGenerator(Generator):
-    """After R3GAN (Huang et al. 2024), small: residual blocks without normalisation, bilinear upsampling."""
-    init = staticmethod(he_init)
+    """Huang et al. 2024, R3GAN: residual blocks in groups of channels, no normalisation."""
+    outer, squash = False, staticmethod(lambda image: image)
+
+    def __init__(self, m):
+        super().__init__(m)
+        fix_up(self.stages, self.heads)
+        if m.condition == "label":
+            self.encode, self.told = OneHot(m.known, EMBEDDING), 1
 
     def first(self, inputs, width, base, extra):
-        return nn.Sequential(nn.Linear(inputs, width * base * base), nn.Unflatten(1, (width, base, base)),
-                             *[Residual(width) for _ in range(1 + extra)])
+        return nn.Sequential(Basis(inputs, width, base), *[Residual(width) for _ in range(self.blocks)])
 
     def stage(self, a, b, extra):
-        return nn.Sequential(nn.Conv2d(a, b, 1), nn.Upsample(scale_factor=2, mode="bilinear"),
-                             *[Residual(b) for _ in range(1 + extra)])
+        narrow = [nn.Conv2d(a, b, 1, bias=False)] if a != b else []
+        return nn.Sequential(*narrow, Resample(up=True), *[Residual(b) for _ in range(self.blocks)])
 
     def head(self, width, channels):
-        return nn.Sequential(nn.LeakyReLU(0.2), nn.ConvTranspose2d(width, channels, 4, 2, 1))
+        return nn.Conv2d(width, channels, 1, bias=False)
 
 
 class ResnetDiscriminator(Discriminator):
-    """The generator's mirror image."""
-    init = staticmethod(he_init)
+    """The generator's mirror image, down to features whose linear map is the logit or meets the condition."""
+    outer = False
+
+    def __init__(self, m):
+        super().__init__(m)
+        width = widths_of(m.width_d, m, self.outer)[-1]
+        self.linear = nn.Linear(width, 1 if self.encode is None else width, bias=False)
+        fix_up(self.stems, self.stages, self.head, self.linear)
+        if m.condition == "label":
+            self.encode, self.project = OneHot(m.known, width, width ** -0.5), nn.Identity()
+        elif self.encode is not None:
+            nn.init.normal_(self.project.weight, 0, (width * EMBEDDING) ** -0.5)
 
     def stem(self, channels, width):
-        return nn.Conv2d(channels, width, 4, 2, 1)
+        return nn.Conv2d(channels, width, 1, bias=False)
 
     def stage(self, a, b):
-        return nn.Sequential(Residual(a), nn.AvgPool2d(2), nn.Conv2d(a, b, 1))
+        widen = [nn.Conv2d(a, b, 1, bias=False)] if a != b else []
+        return nn.Sequential(*[Residual(a) for _ in range(self.blocks)], Resample(up=False), *widen)
 
     def last(self, width, base):
-        return nn.Sequential(Residual(width), nn.LeakyReLU(0.2), nn.Conv2d(width, 1, base))
+        return nn.Sequential(*[Residual(width) for _ in range(self.blocks)],
+                             nn.Conv2d(width, width, base, groups=width, bias=False), nn.Flatten())
+
+    def judge(self, h, condition):
+        features = self.head(h).float()
+        if self.encode is None:
+            return self.linear(features).flatten().float(), features
+        return self.match(features, condition), features
+
+    def match(self, features, condition):
+        return (self.linear(features).float() * self.project(self.encode(condition)[0]).float()).sum(1)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------
@@ -634,42 +778,32 @@ class ResnetDiscriminator(Discriminator):
 class Texts:
     """DATA of texts, used as Images is: rows (N, L) of token ids, 0 = padding. The dial is a temperature."""
     unit, dial_is, key = "texts", "temperature", "length"
-    conditions, steady = None, False
+    conditions, steady, defaults = None, False, {"temperature": "2.0:0.5"}
 
     @staticmethod
     def add_options(parser):
         add = parser.group("texts", needs=["--arch seq"])
-        temperature = within(1e-6, 1e6)
         add("--pretrain-epochs", type=within(0, kind=int), default=0, help="the first of the epochs, in "
             "which G learns by likelihood alone")
         add("--pretrain-lr", type=within(0, 1), default=5e-3, needs="--pretrain-epochs", help="learning rate")
-        add("--temperature-schedule", choices=["epochs", "exponential"], default="epochs", help="of the "
-            "Gumbel-softmax. epochs: times --temperature-decay each; exponential: evenly from start to end, "
-            "RelGAN's with 1 and 0.01")
-        add("--temperature-start", type=temperature, default=2.0, help="the first temperature")
-        add("--temperature-end", type=temperature, default=0.5, help="the lowest")
-        add("--temperature-decay", type=within(0, 1), default=0.95, needs="--temperature-schedule epochs",
-            help="factor an epoch")
+        add("--temperature", type=course(1e-6, 1e6), metavar="START:END", help="of the "
+            "Gumbel-softmax, changing by factors (default: 2:0.5); RelGAN's: 1:0.01 with --schedule linear")
 
     def __init__(self, args, data):
         self.meta, self.rows = data.meta, data.array("tokens")
         self.about = {"vocabulary": self.meta["vocabulary"], "text_level": self.meta["level"]}
-        self.pretrain_steps = args.pretrain_epochs * (len(self.rows) // args.batch_size)
+        self.lead_in = args.pretrain_epochs * (len(self.rows) // args.batch_size)
 
     def model(self, args):
         return {"arch": args.arch, "width": args.width, "width_d": args.width_d,
                 "sizes": [self.meta["length"]], "channels": len(self.meta["vocabulary"])}
 
     def lr_g(self, run, step):
-        return run.args.pretrain_lr if step < self.pretrain_steps else run.args.lr_g
+        return run.args.pretrain_lr if step < self.lead_in else run.args.lr_g
 
     def dial(self, run, step):
         """The temperature of the Gumbel-softmax."""
-        start, end = run.args.temperature_start, run.args.temperature_end
-        done = max(step - self.pretrain_steps, 0)
-        if run.args.temperature_schedule == "exponential":  # Nie et al. 2019
-            return start * (end / start) ** (done / max(run.schedule_steps - self.pretrain_steps, 1))
-        return max(end, start * run.args.temperature_decay ** (done // run.steps_per_epoch))
+        return between(run.args.temperature, run.share_of_start(step), math.log, math.exp)
 
     def sampling_dial(self, run, step):
         return 1.0
@@ -678,7 +812,7 @@ class Texts:
         return F.one_hot(tokens.long(), run.model["channels"]).float()
 
     def step(self, run, state, turn, tokens, condition):
-        if state.step >= self.pretrain_steps:
+        if state.step >= self.lead_in:
             return train_step(run, state, turn, tokens, condition)
         for part in tokens.long().chunk(run.args.grad_accum):  # G alone, towards the likelihood of the texts
             with run.autocast():
@@ -798,6 +932,7 @@ def load_generator(path, device="cpu"):
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path}: of another version of train.py; draw with that one, or train again")
     try:
+        saved["model"] = {"blocks": None, "width_max": None} | saved["model"]  # older files lack these
         generator, _ = build_networks(saved["model"])
         generator.load_state_dict(saved.pop("generator"))
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
@@ -849,26 +984,31 @@ def another(condition):
     return condition[draws.argmax(1)], differs.any(1)
 
 
-def loss_of_d(run, D, x, c, fake, dial=None, wrong=None, differs=None):
+def seen(x, amounts):
+    """Images (B, …) as D is shown them."""
+    return diffaug(x, amounts["diffaug"]) if "diffaug" in amounts else x
+
+
+def loss_of_d(run, D, amounts, x, c, fake, dial=None, wrong=None, differs=None):
     """D on real x and on fakes (B, …), both with condition c: (loss, what the log says of it).
 
-    wrong (B, …), differs (B,): of --mismatch-weight, see another().
+    amounts: see Player; wrong (B, …), differs (B,): of --mismatch-weight, see another().
     """
     args, objective = run.args, LOSSES[run.args.loss][0]
-    x, fake = x.detach().requires_grad_(args.r1 > 0), fake.detach().requires_grad_(args.r2 > 0)
+    x, fake = (y.detach().requires_grad_(name in amounts) for y, name in ((x, "r1"), (fake, "r2")))
     with run.autocast():
-        real_logits, features = D(diffaug(x) if args.diffaug else x, c, dial)
-        fake_logits, _ = D(diffaug(fake) if args.diffaug else fake, c, dial)
+        real_logits, features = D(seen(x, amounts), c, dial)
+        fake_logits, _ = D(seen(fake, amounts), c, dial)
     loss = objective(real_logits, fake_logits, args)
     if args.mismatch_weight:  # real images with a wrong condition (Reed et al. 2016)
         with run.autocast():
             wrong_logits = real_logits + D.match(features, wrong) - D.match(features, c)
         wrong_logits = torch.where(differs, wrong_logits, fake_logits)  # as if there were no such term
         loss = torch.lerp(loss, objective(real_logits, wrong_logits, args), args.mismatch_weight)
-    if args.r1:  # Mescheder et al. 2018
-        loss = loss + args.r1 / 2 * squared_gradient(real_logits, x).mean()
-    if args.r2:
-        loss = loss + args.r2 / 2 * squared_gradient(fake_logits, fake).mean()
+    if "r1" in amounts:  # Mescheder et al. 2018
+        loss = loss + amounts["r1"] / 2 * squared_gradient(real_logits, x).mean()
+    if "r2" in amounts:
+        loss = loss + amounts["r2"] / 2 * squared_gradient(fake_logits, fake).mean()
     if args.gp:  # Gulrajani et al. 2017
         share = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device)
         between = torch.lerp(fake.float(), x, share).detach().requires_grad_()
@@ -880,15 +1020,15 @@ def loss_of_d(run, D, x, c, fake, dial=None, wrong=None, differs=None):
     return loss, {"loss_d": loss, "acc_real": real > middle, "acc_fake": fake < middle}
 
 
-def loss_of_g(run, G, D, x, c, fake, dial=None):
+def loss_of_g(run, G, D, amounts, x, c, fake, dial=None):
     """G on its fakes (B, …), beside real x where the objective compares: (loss, what the log says of it)."""
     args = run.args
     with run.autocast():
-        fake_logits, features = D(diffaug(fake) if args.diffaug else fake, c, dial)
+        fake_logits, features = D(seen(fake, amounts), c, dial)
         real_logits = real_features = None
         if args.loss in PAIRED or args.feature_matching:
             with torch.no_grad():
-                real_logits, real_features = D(diffaug(x) if args.diffaug else x, c, dial)
+                real_logits, real_features = D(seen(x, amounts), c, dial)
     loss = LOSSES[args.loss][1](fake_logits, real_logits)
     if args.feature_matching:  # Salimans et al. 2016
         loss = loss + args.feature_matching * (features.mean(0) - real_features.mean(0)).square().mean()
@@ -896,17 +1036,6 @@ def loss_of_g(run, G, D, x, c, fake, dial=None):
         with run.autocast():
             loss = loss + args.cond_augment * G.divergence(c)
     return loss, {"loss_g": loss, "reward": fake_logits.sigmoid()}
-
-
-def learning_rate(base, args, step, total):
-    """The learning rate at a step: a function of the step, so that nothing of it is saved."""
-    if step < args.warmup:
-        return base * (step + 1) / args.warmup
-    done = min((step - args.warmup) / max(total - args.warmup, 1), 1)
-    if args.schedule == "cosine-restarts":  # Loshchilov & Hutter 2017
-        done = done * args.restarts % 1
-    share = {"constant": 1, "linear": 1 - done}.get(args.schedule, 0.5 * (1 + math.cos(math.pi * done)))
-    return base * (args.lr_final + (1 - args.lr_final) * share)
 
 
 # ---- the state, and what moves it ------------------------------------------------------------------------
@@ -941,8 +1070,10 @@ class Player(Saved):
         self.skips = torch.zeros(3, device=run.device)  # in all, in a row, the longest row of an interval
         kind, args = run.device.type, run.args
         self.lr = torch.zeros((), dtype=torch.float64 if kind == "cpu" else torch.float32, device=run.device)
+        # weights of D's penalties and the share of images augmented, of those that are not always 0
+        self.amounts = {k: self.skip.clone() for k in ("r1", "r2", "diffaug") if getattr(args, k)}
         self.optimizer = OPTIMIZERS[args.optimizer](
-            self.params, self.lr, (args.beta1, args.beta2), fused=True,
+            self.params, self.lr, (args.beta1, run.at(0).beta2), fused=True,
             capturable=kind == "cuda" and args.graphs == "auto" and run.data.steady)
         self.optimizer.found_inf = self.skip  # 1: it leaves weights, moments and its count alone
         self.lr = self.optimizer.param_groups[0]["lr"]  # some keep theirs on the host
@@ -1078,6 +1209,16 @@ class Turn(NamedTuple):
     dial: float  # what the kind of data makes of it: of images, the size drawn
 
 
+class Now(NamedTuple):
+    """What holds at a step."""
+    lr_g: float
+    lr_d: float
+    beta2: float
+    share: float  # of G in its average
+    amounts: dict  # see Player
+    turn: Turn
+
+
 @dataclass(frozen=True)
 class Run:
     """What was asked for and where it runs: nothing of it changes while it trains."""
@@ -1095,12 +1236,31 @@ class Run:
     group: object = None  # all of them, on the host
 
     def at(self, step):
-        """(learning rates of G and D, G's share in its average, Turn), from a step's number alone."""
-        args, total = self.args, self.schedule_steps
-        lr_g = learning_rate(self.data.lr_g(self, step), args, step, total)
-        decay = min(args.ema, (1 + step) / (10 + step))  # short at first, to forget the first weights
+        """Now at a step, from its number alone: so nothing of it is saved."""
+        args, start = self.args, self.share_of_start(step)
+        lr_g, lr_d, beta2, r1, r2, diffaug = (between(value, start) for value in (
+            self.data.lr_g(self, step), args.lr_d, args.beta2, args.r1, args.r2, args.diffaug))
+        if args.ema is None:
+            half_life = between(args.ema_images, start)
+            decay = 0.5 ** (args.batch_size / half_life) if half_life else 0.0
+        else:
+            decay = between(args.ema, start)
+        decay = min(decay, (1 + step) / (10 + step))  # short at first, to forget the first weights
+        warm = min((step + 1) / args.warmup, 1) if args.warmup else 1
         turn = Turn(step % args.d_interval == 0, (step + 1) % args.d_steps == 0, self.data.dial(self, step))
-        return lr_g, learning_rate(args.lr_d, args, step, total), 1 - decay, turn
+        amounts = {"r1": r1, "r2": r2, "diffaug": diffaug}
+        return Now(lr_g * warm, lr_d * warm, beta2, 1 - decay, amounts, turn)
+
+    def share_of_start(self, step):
+        """How much of START is in the values START:END: 1 at first, 0 after the burn-in."""
+        args, first = self.args, self.data.lead_in
+        stretch = args.burn_in / args.batch_size if args.burn_in else self.schedule_steps - first
+        done = max(step - first, 0) / max(stretch, 1)
+        if done >= 1:
+            return 0.0
+        if args.schedule == "cosine-restarts":  # Loshchilov & Hutter 2017
+            done = done * args.restarts % 1
+        return 1 - done if args.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     def autocast(self):
         dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
@@ -1133,14 +1293,19 @@ class Run:
 # ---- the step --------------------------------------------------------------------------------------------
 
 def prepare_step(run, state):
-    """Put what Python decides where the step finds it: random numbers, learning rates, the average's."""
-    lr_g, lr_d, share, turn = run.at(state.step)
+    """Put what Python decides where the step finds it: random numbers, and what holds at this step."""
+    now = run.at(state.step)
     own = {"cuda": torch.cuda, "mps": torch.mps}.get(run.device.type, torch.default_generator)
     own.manual_seed(seed_of(run.args.seed, state.step, run.rank))  # torch's seeds all there are, in 150 µs
-    state.G.lr.fill_(lr_g)
-    state.D.lr.fill_(lr_d)
-    state.ema.share.fill_(share)
-    return turn
+    state.G.lr.fill_(now.lr_g)
+    state.D.lr.fill_(now.lr_d)
+    state.ema.share.fill_(now.share)
+    for name, amount in state.D.amounts.items():
+        amount.fill_(now.amounts[name])
+    if isinstance(run.args.beta2, str):
+        for group in (*state.G.optimizer.param_groups, *state.D.optimizer.param_groups):
+            group.update({"alpha": now.beta2} if "alpha" in group else {"betas": (run.args.beta1, now.beta2)})
+    return now.turn
 
 
 def train_step(run, state, turn, batch, condition):
@@ -1149,7 +1314,7 @@ def train_step(run, state, turn, batch, condition):
     batch: rows (B, …) of DATA; condition (B, …) or None. Nothing here waits for the device, and no number
     changes from step to step: what does is in tensors, see prepare_step(), or in the turn.
     """
-    G, D, meter = state.G.net, state.D.net, state.meter
+    G, D, amounts, meter = state.G.net, state.D.net, state.D.amounts, state.meter
     x = run.data.real(run, batch, turn.dial)
     z = torch.randn(len(x), G.noise_dim, device=run.device)
     wrong = another(condition) if run.args.mismatch_weight else (None, None)
@@ -1161,7 +1326,7 @@ def train_step(run, state, turn, batch, condition):
         with run.autocast(), torch.set_grad_enabled(reuse):
             fake = G(z, c, turn.dial)
         if turn.train_d:
-            loss, report = loss_of_d(run, D, x, c, fake, turn.dial, *wrong)
+            loss, report = loss_of_d(run, D, amounts, x, c, fake, turn.dial, *wrong)
             state.D.backward(loss, len(parts))
             meter.note(**report, diversity=spread(fake) / spread(x))
     if turn.train_d:
@@ -1172,7 +1337,7 @@ def train_step(run, state, turn, batch, condition):
         if not reuse:
             with run.autocast():
                 fake = G(z, c, turn.dial)
-        loss, report = loss_of_g(run, G, D, x, c, fake, turn.dial)
+        loss, report = loss_of_g(run, G, D, amounts, x, c, fake, turn.dial)
         state.G.backward(loss, len(parts))
         meter.note(**report)
     D.requires_grad_(True)
@@ -1437,14 +1602,14 @@ class Watch:
         run, batch, epoch = self.run, self.run.args.batch_size, state.step / self.run.steps_per_epoch
         ms = [1000 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
               for begin, end in zip(self.times[::2], self.times[1::2])]
-        (lr_g, lr_d, _, turn), now = run.at(state.step - 1), time.perf_counter()
-        rate = batch * len(ms) / (now - self.logged)
+        now, ended = run.at(state.step - 1), time.perf_counter()
+        rate = batch * len(ms) / (ended - self.logged)
         line = {"step": state.step, "epoch": round(epoch, 4), "images": state.step * batch,
-                **means, "lr_g": lr_g, "lr_d": lr_d,
-                "temperature": turn.dial if run.data.dial_is == "temperature" else None,
+                **means, "lr_g": now.lr_g, "lr_d": now.lr_d,
+                "temperature": now.turn.dial if run.data.dial_is == "temperature" else None,
                 "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
                 "images_per_second": rate}
-        self.times, self.logged = [], now
+        self.times, self.logged = [], ended
         append_line(run.out / "log.jsonl", line)
         self.diagnose(state, line)
         self.trackers.log(line, state.step)
@@ -1680,6 +1845,10 @@ def make_run(args):
             fail("--amp fp16 does not go with --r1, --r2 or --gp: use bf16 or off")
         amp = "off"
     steps = len(data.rows) // batch
+    left = max(args.epochs * steps - data.lead_in, 0) * batch
+    if (args.burn_in or 0) > left:
+        fail(f"--burn-in {args.burn_in:g}: --epochs {args.epochs} have only {left} {data.unit} for it; lower "
+             f"it, raise --epochs, or leave it out")
     total = min(args.epochs * steps, args.max_steps or math.inf)
     return Run(args, data, model, device, amp, steps, args.epochs * steps, total, Path(args.out), rank, world)
 

@@ -44,9 +44,9 @@ def record(function):
 
 
 @pytest.mark.parametrize("options", [
-    ("--schedule", "cosine", "--warmup", "3"),
+    ("--lr-g", "1e-3:1e-4", "--warmup", "3", "--ema-images", "0:64"),
     ("--amp", "fp16", "--clip-grad", "1"),
-    ("--arch", "resnet", "--loss", "relativistic", "--diffaug", "--flip", "--crop-shift", "0.1", "--jitter", "0.1"),
+    ("--arch", "resnet", "--loss", "relativistic", "--r1", "1:0.1", "--r2", "0:1", "--diffaug", "0:0.9", "--flip", "--crop-shift", "0.1", "--jitter", "0.1"),
     ("--arch", "upsample", "--spectral-norm", "--loss", "hinge"),
     ("--loss", "wgan-gp", "--d-steps", "2"),
     ("--grad-accum", "2", "--amp", "bf16"),

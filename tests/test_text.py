@@ -133,13 +133,15 @@ def test_likelihood_is_that_of_what_is_drawn():
 def test_temperatures():
     def at(step, *options):
         args = train.parse_args(["--data", "d", "--out", "r", "--arch", "seq", *options])
-        texts, run = train.Texts.__new__(train.Texts), SimpleNamespace(args=args, steps_per_epoch=10, schedule_steps=1100)
-        texts.pretrain_steps = 100
-        return texts.dial(run, step)
-    assert [at(s) for s in (0, 100, 109, 110, 125)] == pytest.approx([2, 2, 2, 1.9, 2 * 0.95 ** 2])
-    assert at(1000) == 0.5
-    relgan = ("--temperature-schedule", "exponential", "--temperature-start", "1", "--temperature-end", "0.01")
+        texts = train.Texts.__new__(train.Texts)
+        texts.lead_in = 100
+        return texts.dial(train.Run(args, texts, {}, None, "off", 10, 1100, 1100, None, 0, 1), step)
+    assert [at(s) for s in (0, 100, 600, 1100)] == pytest.approx([2, 2, 1, 0.5]), "evenly in the logarithm"
+    assert at(350) == pytest.approx(0.5 * 4 ** ((1 + math.cos(math.pi / 4)) / 2))
+    relgan = ("--temperature", "1:0.01", "--schedule", "linear")
     assert [at(s, *relgan) for s in (100, 600, 1100)] == pytest.approx([1, 0.1, 0.01])
+    assert [at(s, *relgan, "--burn-in", "6400") for s in (0, 150, 200, 900)] == pytest.approx([1, 0.1, 0.01, 0.01])
+    assert [at(s, "--temperature", "3") for s in (0, 700)] == pytest.approx([3, 3])
 
 
 def test_what_a_run_leaves(run, data):
@@ -148,7 +150,7 @@ def test_what_a_run_leaves(run, data):
     first, second = ([line for line in lines if (line["step"] <= steps) == early] for early in (True, False))
     assert all(line["loss_d"] is None and line["grad_norm_g"] > 0 for line in first)
     assert first[-1]["loss_g"] < math.log(10) and first[-1]["lr_g"] == 5e-3
-    assert all(0 <= line["acc_real"] <= 1 and 0 < line["reward"] < 1 and line["temperature"] == 2 for line in second[1:])
+    assert all(0 <= line["acc_real"] <= 1 and 0 < line["reward"] < 1 and 0.5 < line["temperature"] < 2 for line in second[1:])
     assert second[-1]["lr_g"] == 2e-4
     latest = (run / "grids" / "latest.txt").read_text().splitlines()
     assert len(latest) == 64 and {w for line in latest for w in line.split()} <= {*WORDS, "<unk>"}
@@ -228,7 +230,7 @@ def test_two_processes(data, run, tmp_path):
 def test_refusals(data, shapes, tmp_path):
     for options, naming in ((("--flip",), "--flip"), (("--condition", "text"), "--condition"), (("--latent-dim", "9"), "--latent-dim"),
                             (("--fid-every", "1"), "--fid-every"), (("--grow", "2,4"), "--grow"),
-                            (("--temperature-end", "0"), "--temperature-end")):
+                            (("--temperature", "0"), "--temperature")):
         refused("train.py", "--data", data, "--out", tmp_path / "r", *OPTIONS, *options, naming=naming)
     refused("train.py", "--data", data, "--out", tmp_path / "r", naming=["--arch", "seq"])
     refused("train.py", "--data", shapes, "--out", tmp_path / "r", *OPTIONS, naming=["--arch", "texts", "dcgan"])

@@ -32,7 +32,8 @@ D_LOSS, G_LOSS = ({name: entry[i] for name, entry in train.LOSSES.items()} for i
 def networks(arch="dcgan", size=64, channels=3, width=64, **more):
     model = {"arch": arch, "sizes": [size], "channels": channels, "width": width, "width_d": width, "extra_convs": 0,
              "norm_d": "batch", "depth": train.default_depth(size), "latent_dim": 100, "condition": "none", "known": 0,
-             "spectral_norm": False, "attention": False, "cond_augment": False}
+             "spectral_norm": False, "attention": False, "cond_augment": False, "width_max": None,
+             "blocks": 1 if arch == "resnet" else None}
     return train.build_networks(model | more)
 
 
@@ -46,7 +47,7 @@ def test_shapes_of_networks(arch, size, channels, classes):
     G, D = networks(arch, size, channels, width=4, latent_dim=7, condition="label" if classes else "none", known=classes)
     c = torch.arange(3) % classes if classes else None
     images = G(torch.randn(3, 7), c)
-    assert images.shape == (3, channels, size, size) and images.abs().max() <= 1
+    assert images.shape == (3, channels, size, size) and (arch == "resnet" or images.abs().max() <= 1)
     logits, features = D(images, c)
     assert logits.shape == (3,) and logits.dtype == torch.float32 and features.shape[0] == 3
 
@@ -122,10 +123,11 @@ def losses(*options, condition=None, wrong=()):
     """(loss of D, loss of G) on a plane, with ones as real and minus ones as fakes."""
     args = train.parse_args(["--data", "-", "--out", "-", *options])
     run = SimpleNamespace(args=args, autocast=contextlib.nullcontext)
+    amounts = {name: torch.tensor(getattr(args, name)) for name in ("r1", "r2") if getattr(args, name)}
     D, G = Plane(torch.full((3, 4, 4), 0.1)), SimpleNamespace(divergence=lambda c: torch.tensor(7.0))
     x, fake = torch.ones(2, 3, 4, 4), -torch.ones(2, 3, 4, 4)
-    return (train.loss_of_d(run, D, x, condition, fake, None, *wrong)[0].item(),
-            train.loss_of_g(run, G, D, x, condition, fake)[0].item())
+    return (train.loss_of_d(run, D, amounts, x, condition, fake, None, *wrong)[0].item(),
+            train.loss_of_g(run, G, D, amounts, x, condition, fake)[0].item())
 
 
 def test_penalties_and_terms_against_plain_algebra():
@@ -149,9 +151,10 @@ def test_penalties_and_terms_against_plain_algebra():
         losses("--loss", "hinge", "--condition", "label", condition=told)[1] + 14, rel=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["dcgan", "resnet"])
 @pytest.mark.parametrize("kind", ["label", "text", "vector"])
-def test_conditions_reach_both_networks(kind):
-    G, D = networks(size=16, width=4, condition=kind, known=9)
+def test_conditions_reach_both_networks(kind, arch):
+    G, D = networks(arch, size=16, width=4, condition=kind, known=9)
     z, x = torch.randn(2, 100), torch.randn(2, 3, 16, 16)
     one, other = {"label": (torch.tensor([0, 1]), torch.tensor([2, 1])), "vector": (torch.zeros(2, 9), torch.eye(9)[:2]),
                   "text": (torch.tensor([[1, 2, 0], [3, 4, 0]]), torch.tensor([[2, 2, 0], [3, 4, 0]]))}[kind]
@@ -164,10 +167,84 @@ def test_conditions_reach_both_networks(kind):
             assert torch.allclose(D(x, torch.tensor(told))[0], logits, atol=1e-5)
 
 
-def test_resnet_starts_as_the_identity():
-    for net in networks("resnet", size=32, width=8):
-        assert all(not m.last.weight.any() for m in net.modules() if isinstance(m, train.Residual))
-        assert all(m.weight.any() for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size != (1, 1))
+def published_block(w, x):
+    """R3GAN's residual block on a state_dict's weights, as the paper's code has it: three convolutions, two biases."""
+    groups = w["mix.weight"].shape[0] // w["mix.weight"].shape[1]
+    for name, padding, n in (("wide", 0, 1), ("mix", 1, groups)):
+        h = F.conv2d(x if name == "wide" else h, w[f"{name}.weight"], padding=padding, groups=n)
+        h = F.leaky_relu(h + w[f"{name}.bias"][:, None, None], 0.2)
+    return x + F.conv2d(h, w["last.weight"])
+
+
+def published_resampling(x, up):
+    kernel = torch.tensor([[1, 3, 3, 1], [3, 9, 9, 3], [3, 9, 9, 3], [1, 3, 3, 1]]) / 64
+    kernel = kernel.repeat(x.shape[1], 1, 1, 1)
+    if up:
+        return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=1, groups=x.shape[1])
+    return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+
+
+def below(weights, prefix):
+    return {k.removeprefix(f"{prefix}."): v for k, v in weights.items() if k.startswith(f"{prefix}.")}
+
+
+def published_networks(G, D, widths, blocks, z, x, classes=None):
+    """(images, logits) of R3GAN's forward passes, written out (Huang et al. 2024); widths from the smallest map upwards."""
+    g, d = G.state_dict(), D.state_dict()
+    z = z if classes is None else torch.cat([z, F.one_hot(classes, 10).float() @ g["encode.weight"]], 1)
+    h = g["stages.0.0.patterns"] * (z @ g["stages.0.0.linear.weight"].T)[:, :, None, None]
+    for stage in range(len(widths)):
+        first = 1  # of the blocks, after the basis or the resampling, and a convolution where widths differ
+        if stage:
+            if widths[stage] != widths[stage - 1]:
+                h, first = F.conv2d(h, g[f"stages.{stage}.0.weight"]), 2
+            h = published_resampling(h, True)
+        for i in range(blocks):
+            h = published_block(below(g, f"stages.{stage}.{first + i}"), h)
+    images = F.conv2d(h, g["heads.0.weight"])
+    h, down = F.conv2d(x, d["stems.0.weight"]), widths[::-1]
+    for stage in range(len(down) - 1):
+        for i in range(blocks):
+            h = published_block(below(d, f"stages.{stage}.{i}"), h)
+        h = published_resampling(h, False)
+        if down[stage] != down[stage + 1]:
+            h = F.conv2d(h, d[f"stages.{stage}.{blocks + 1}.weight"])
+    for i in range(blocks):
+        h = published_block(below(d, f"head.{i}"), h)
+    h = (h * d[f"head.{blocks}.weight"][:, 0]).sum((2, 3)) @ d["linear.weight"].T
+    return images, h[:, 0] if classes is None else (h * (F.one_hot(classes, 10).float() @ d["encode.weight"])).sum(1)
+
+
+@pytest.mark.parametrize("classes", [None, torch.tensor([3, 0, 9, 3])])
+@pytest.mark.parametrize("size, width, widths", [(32, 16, [16] * 4), (64, 8, [16, 16, 16, 16, 8]), (32, 6, [16, 16, 12, 6])])
+def test_resnet_is_the_published_network(size, width, widths, classes):
+    told = {"condition": "label", "known": 10} if classes is not None else {}
+    G, D = networks("resnet", size, width=width, width_max=16, blocks=2, latent_dim=5, **told)
+    torch.manual_seed(0)
+    for p in (*G.parameters(), *D.parameters()):  # the last of a block and the biases begin at 0
+        p.data += 0.1 * torch.randn_like(p)
+    z, x = torch.randn(4, 5), torch.randn(4, 3, size, size)
+    images, logits = published_networks(G, D, widths, 2, z, x, classes)
+    assert torch.allclose(G(z, classes), images, atol=1e-5) and images.std() > 0.1
+    assert torch.allclose(D(x, classes)[0], logits, atol=1e-5) and logits.std() > 1e-3
+
+
+def test_resnet_has_the_published_size_and_start():
+    G, D = networks("resnet", width=384, width_max=768, blocks=2, latent_dim=64)  # FFHQ-64: 22.4 M each
+    assert (count(G), count(D)) == (22_429_824, 22_381_440)
+    G, D = networks("resnet", width=32, width_max=64, blocks=2, latent_dim=64, condition="label", known=10)
+    for net in (G, D):
+        found = [m for m in net.modules() if isinstance(m, train.Residual)]
+        assert len(found) == 10 and not any(m.last.weight.any() or m.wide.bias.any() or m.mix.bias.any() for m in found)
+        gain = (2 / 1.04) ** 0.5 * 10 ** -0.25
+        for name, fan_in in (("wide", 64), ("mix", 16 * 9)):
+            stds = [getattr(m, name).weight.std().item() for m in found if m.wide.in_channels == 64]
+            assert np.mean(stds) == pytest.approx(gain / fan_in ** 0.5, rel=0.05)
+        assert sum(m.mix.groups for m in found) == 8 * 8 + 2 * 4, "groups of 16 channels"
+    assert G.encode.weight.std().item() == pytest.approx(10 ** -0.5, rel=0.1)
+    assert D.encode.weight.std().item() == pytest.approx(640 ** -0.5, rel=0.1)
+    torch.manual_seed(0)
+    assert 0.2 < G(torch.randn(64, 64), torch.arange(64) % 10).std() < 2
 
 
 def test_words_attend_to_places():
@@ -218,7 +295,15 @@ def test_augmentation(tmp_path):
     assert cut.unique().tolist() == [0, 1] and cut.sum((1, 2, 3)).min() == 16 * 16 - 8 * 8
     bright = train.colour(torch.zeros(64, 3, 16, 16), 0.5)
     assert bright.abs().max() <= 0.5 and bright.flatten(1).std(1).max() < 1e-6 < bright.std()
-    assert torch.autograd.grad(train.diffaug(x).sum(), x)[0].abs().sum() > 0
+    assert torch.autograd.grad(train.diffaug(x, 1).sum(), x)[0].abs().sum() > 0
+
+
+def test_diffaug_takes_its_share_image_by_image():
+    torch.manual_seed(0)
+    x = torch.rand(4000, 1, 8, 8)
+    for share in (0, 0.3, 1):
+        varied = (train.diffaug(x, torch.tensor(share)) != x).flatten(1).any(1).float().mean().item()
+        assert varied == pytest.approx(share, abs=0.03 if share == 0.3 else 0)
 
 
 def test_auto_precision_with_penalties_avoids_fp16(tmp_path, monkeypatch):
@@ -226,16 +311,56 @@ def test_auto_precision_with_penalties_avoids_fp16(tmp_path, monkeypatch):
     assert trainer(tmp_path).run.amp == "fp16" and trainer(tmp_path, "--r1", "1").run.amp == "off"
 
 
+def at(steps, *options, total=100):
+    """What holds at these steps of a run of so many, of 4 images each."""
+    args = train.parse_args(["--data", "d", "--out", "r", "--batch-size", "4", *options])
+    data = SimpleNamespace(lead_in=0, lr_g=lambda run, step: run.args.lr_g, dial=lambda run, step: 0)
+    run = train.Run(args, data, {}, None, "off", total, total, total, None, 0, 1)
+    return [run.at(step) for step in steps]
+
+
 def test_schedules():
-    def rate(step, **options):
-        args = SimpleNamespace(**{"schedule": "constant", "lr_final": 0.05, "warmup": 0, "restarts": 2} | options)
-        return train.learning_rate(2e-4, args, step, 100)
-    assert rate(70) == 2e-4
-    assert [rate(s, schedule="cosine") for s in (0, 50, 100)] == pytest.approx([2e-4, 1.05e-4, 1e-5])
-    assert [rate(s, schedule="linear") for s in (0, 50, 100)] == pytest.approx([2e-4, 1.05e-4, 1e-5])
-    assert [rate(s, schedule="cosine-restarts") for s in (0, 25, 50, 75)] == pytest.approx([2e-4, 1.05e-4] * 2)
-    assert [rate(s, schedule="linear", warmup=20) for s in (0, 9, 19, 20, 60)] == pytest.approx(
-        [1e-5, 1e-4, 2e-4, 2e-4, 1.05e-4])
+    def rates(steps, *options):
+        return [now.lr_g for now in at(steps, "--lr-g", "2e-4:1e-5", *options)]
+    half = 1.05e-4
+    assert [2e-4] * 2 == [now.lr_d for now in at((0, 70), "--lr-g", "1:0.1")], "who has one value keeps it"
+    assert rates((0, 50, 100)) == rates((0, 50, 100), "--schedule", "cosine") == pytest.approx([2e-4, half, 1e-5])
+    assert rates((25,)) == pytest.approx([1e-5 + 1.9e-4 * (1 + math.cos(math.pi / 4)) / 2])
+    quarter = 2e-4 - 1.9e-4 / 4
+    assert rates((0, 25, 50, 100), "--schedule", "linear") == pytest.approx([2e-4, quarter, half, 1e-5])
+    again = ("--schedule", "cosine-restarts", "--restarts", "2")
+    assert rates((0, 25, 50, 75, 100), *again) == pytest.approx([2e-4, half, 2e-4, half, 1e-5])
+    burn_in = ("--burn-in", "80")  # images: 20 steps
+    assert rates((0, 10, 20, 21, 99), *burn_in) == pytest.approx([2e-4, half, 1e-5, 1e-5, 1e-5])
+    assert rates((0, 5, 20), *burn_in, "--schedule", "linear") == pytest.approx([2e-4, quarter, 1e-5])
+    assert rates((0, 5, 10, 15, 20, 50), *burn_in, *again) == pytest.approx([2e-4, half, 2e-4, half, 1e-5, 1e-5])
+    assert [now.lr_g for now in at((0, 9, 19, 20, 60), "--lr-g", "2e-4", "--warmup", "20")] == pytest.approx(
+        [1e-5, 1e-4, 2e-4, 2e-4, 2e-4])
+    assert rates((0, 9, 50), "--schedule", "linear", "--warmup", "20") == pytest.approx(
+        [1e-5, (2e-4 - 0.09 * 1.9e-4) / 2, half])
+
+
+def test_all_that_may_change_does_so_together():
+    """R3GAN's recipe at its beginning, in the middle of the burn-in, at its end and after."""
+    steps = at((0, 5000, 10_000, 50_000), "--r1", "2:0.2", "--r2", "1:0.1", "--beta2", "0.9:0.99", "--diffaug", "0:0.3",
+               "--ema-images", "0:800", "--burn-in", "4e4", total=60_000)
+    middle_and_end = {"r1": (2, 1.1, 0.2), "r2": (1, 0.55, 0.1), "diffaug": (0, 0.15, 0.3)}
+    for name, (first, middle, end) in middle_and_end.items():
+        assert [now.amounts[name] for now in steps] == pytest.approx([first, middle, end, end])
+    assert [now.beta2 for now in steps] == pytest.approx([0.9, 0.945, 0.99, 0.99])
+    # half-lives of 0, 400 and 800 images; the first steps forget faster in any case
+    assert [now.share for now in steps] == pytest.approx([1, 1 - 0.5 ** 0.01, 1 - 0.5 ** 0.005, 1 - 0.5 ** 0.005])
+    assert [now.share for now in at((0, 9, 99_999), "--ema-images", "4")] == pytest.approx([0.9, 0.5, 0.5])
+    assert at((7,), "--ema-images", "0")[0].share == 1
+    assert [now.share for now in at((0, 9000, 10_000), "--ema", "0.5:0.9", total=10_000)] == pytest.approx(
+        [0.9, 1 - (0.9 - 0.4 * (1 + math.cos(0.9 * math.pi)) / 2), 0.1])
+
+
+def test_a_value_that_is_not_to_change_is_a_number(capsys):
+    args = train.parse_args(["--data", "d", "--out", "r", "--lr-g", "2e-4:2e-4", "--diffaug", "--r1", "0:0"])
+    assert (args.lr_g, args.diffaug, args.r1, args.schedule, args.ema) == (2e-4, 1, 0, "constant", 0.999)
+    args = train.parse_args(["--data", "d", "--out", "r", "--lr-g", "2e-4:5e-5", "--diffaug", "0:.3", "--ema-images", "0"])
+    assert (args.lr_g, args.diffaug, args.schedule, args.ema) == ("0.0002:5e-05", "0.0:0.3", "cosine", None)
 
 
 def test_what_a_run_leaves(trained):
@@ -349,18 +474,22 @@ def test_average_generator(tmp_path):
 @pytest.mark.parametrize("option", [("--real-label", "0.9"), ("--fake-label", "0.1"), ("--lr-g", "1e-3"),
                                     ("--lr-d", "1e-3"), ("--beta1", "0"), ("--clip-grad", "0.01"), ("--flip",),
                                     ("--grad-accum", "2"), ("--seed", "1"), ("--amp", "bf16"), ("--amp", "fp16"),
-                                    ("--schedule", "cosine"), ("--latent-dim", "99"), ("--loss", "relativistic"), ("--r1", "1"),
+                                    ("--lr-g", "1e-3:0"), ("--latent-dim", "99"), ("--loss", "relativistic"), ("--r1", "1"),
                                     ("--r2", "1"), ("--norm-d", "none"), ("--extra-convs", "1"),
                                     ("--width-d", "4"), ("--ema", "0.01"), ("--loss", "hinge"), ("--loss", "lsgan"),
                                     ("--loss", "wgan-gp"), ("--gp", "1"), ("--spectral-norm",), ("--diffaug",),
+                                    ("--diffaug", "1:0.5"), ("--r1", "0:1"), ("--beta2", "0.9:0.99"), ("--ema", "0:0.9"),
+                                    ("--ema-images", "1"), ("--burn-in", "32"), ("--blocks", "1"), ("--width-max", "8"),
                                     ("--crop-shift", "0.1"), ("--jitter", "0.3"), ("--feature-matching", "1"),
                                     ("--optimizer", "adamw"), ("--optimizer", "rmsprop"), ("--beta2", "0.9"),
                                     ("--d-steps", "2"), ("--d-interval", "2"), ("--schedule", "linear"),
-                                    ("--schedule", "cosine-restarts"), ("--warmup", "5"), ("--lr-final", "0.5"),
+                                    ("--schedule", "cosine-restarts"), ("--warmup", "5"),
                                     ("--restarts", "9"), ("--grow", "8,16"), ("--arch", "resnet"),
                                     ("--mismatch-weight", "0.5"), ("--attention",), ("--cond-augment", "1")])
 def test_each_option_does_something(option, tmp_path):
-    base = ("--amp", "off", *{"--lr-final": ("--schedule", "cosine"), "--restarts": ("--schedule", "cosine-restarts"),
+    changing = ("--lr-g", "1e-3:0", "--lr-d", "1e-3:0")
+    base = ("--amp", "off", *{"--schedule": changing, "--restarts": (*changing, "--schedule", "cosine-restarts"),
+                              "--burn-in": changing, "--blocks": ("--arch", "resnet"),
                               "--mismatch-weight": ("--condition", "text"), "--attention": ("--condition", "text"),
                               "--cond-augment": ("--condition", "text")}.get(option[0], ()))
     plain, other = (steps_of(trainer(tmp_path, *base, *o), 3) for o in ((), option))
@@ -571,6 +700,7 @@ def test_refusals(shapes, trained, tmp_path, capsys):
             train.parse_args(["--data", "-", "--out", "-", option, value])
         assert option in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
     refused(*base, "--depth", "5", naming="--depth")
+    refused(*base, "--lr-g", "1e-3:0", "--epochs", "2", "--burn-in", "513", naming=["--burn-in 513", "512 images", "--epochs"])
     refused(*base, "--grow", "12,16", naming="--grow")
     refused(*base, "--grow", "8,16", "--compile", naming=["--grow", "--compile"])
     refused(*base, "--attention", naming=["--attention", "--condition text"])
@@ -599,16 +729,24 @@ def test_refusals(shapes, trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, naming", [
-    (("--restarts", "4"), "--restarts needs --schedule cosine-restarts"), (("--lr-final", "0"), "--lr-final needs"),
+    (("--restarts", "4"), "--restarts needs --schedule cosine-restarts"), (("--lr-g", "1:2:3"), "--lr-g"),
+    (("--lr-g", "a:b"), "invalid number or START:END value: 'a:b'"), (("--r1", "1:"), "--r1"), (("--r1", ":1"), "--r1"),
+    (("--beta2", "0.9:1"), "--beta2: 1 must be between 0 and 0.999999"), (("--lr-d", "1e-3:nan"), "--lr-d"),
+    (("--schedule", "linear"), "--schedule needs a value START:END"), (("--burn-in", "64"), "--burn-in needs a value START:END"),
+    (("--schedule", "constant", "--r2", "1:0"), "--schedule constant: --r2 1.0:0.0 changes: give it one value"),
+    (("--ema", "0.9", "--ema-images", "99"), "--ema-images does not go with --ema"), (("--diffaug", "1.5"), "--diffaug"),
+    (("--width-max", "32"), "--width-max 32: below --width 64"), (("--width", "8", "--width-d", "9", "--width-max", "8"), "--width-d 9"),
+    (("--blocks", "2"), "--blocks needs --arch resnet"),
+    (("--extra-convs", "1", "--arch", "resnet"), "--extra-convs does not go with --arch resnet"),
     (("--beta1", "0.5", "--optimizer", "rmsprop"), "--beta1 needs --optimizer adam"), (("--fid-num", "9"), "--fid-num needs"),
     (("--patience", "3"), "--patience needs --fid-every"), (("--attention",), "--attention needs --condition text"),
     (("--cond-augment", "1"), "--cond-augment needs --condition"), (("--real-label", "0.9", "--loss", "hinge"), "--real-label needs"),
     (("--norm-d", "none", "--arch", "resnet"), "--norm-d does not go with --arch resnet"),
     (("--pretrain-lr", "0.1", "--arch", "seq"), "--pretrain-lr needs --pretrain-epochs"),
-    (("--temperature-end", "1"), "--temperature-end needs --arch seq"), (("--flip", "--arch", "seq"), "--flip needs --arch dcgan"),
-    (("--temperature-decay", "0.9", "--arch", "seq", "--temperature-schedule", "exponential"), "--temperature-decay needs"),
+    (("--temperature", "1"), "--temperature needs --arch seq"), (("--flip", "--arch", "seq"), "--flip needs --arch dcgan"),
+    (("--temperature", "0:1", "--arch", "seq"), "--temperature: 0 must be between"),
     (("--grow", "8,16", "--compile"), "--grow does not go with --compile"),
-    (("--batch", "3"), "did you mean --batch-size?"), (("--lr", "1"), "did you mean --lr-g or --lr-d or --lr-final?"),
+    (("--batch", "3"), "did you mean --batch-size?"), (("--lr", "1"), "did you mean --lr-g or --lr-d?"),
     (("--lr-g", "nan"), "--lr-g"), (("--r1", "inf"), "--r1"), (("--ema", "1"), "between 0 and 0.999999")])
 def test_options_without_effect_and_out_of_range_are_refused_by_name(options, naming, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -653,6 +791,12 @@ def test_checkpoints_of_another_version_are_refused(trained, shapes, tmp_path):
         if "level" in old:
             call("sample.py", "--run", run, "--num", "2")
     refused("sample.py", "--run", run, naming=["generator.pt", "another version"])
+    for name in ("blocks", "width_max"):  # options that came later
+        del saved["model"][name]
+    train.write_torch(run / "generator.pt", saved | {"format": train.FORMAT, "dial": 0})
+    assert train.load_generator(run / "generator.pt")[1]["model"]["width_max"] is None
+    train.write_torch(run / "generator.pt", saved | {"format": train.FORMAT, "model": saved["model"] | {"arch": "resnet"}})
+    refused("sample.py", "--run", run, naming=["generator.pt", "no generator of train.py"])
 
 
 def test_the_loss_that_the_readme_adds(tmp_path, monkeypatch):
@@ -699,9 +843,9 @@ def test_wrong_conditions_come_from_the_whole_batch_under_accumulation(tmp_path,
     t = trainer(tmp_path, "--condition", "text", "--mismatch-weight", "0.5", "--grad-accum", "16", "--amp", "off")
     pairs, loss_of_d = [], train.loss_of_d
 
-    def watched(run, D, x, c, fake, dial, wrong, differs):
+    def watched(run, D, amounts, x, c, fake, dial, wrong, differs):
         pairs.append((c, wrong, differs))
-        return loss_of_d(run, D, x, c, fake, dial, wrong, differs)
+        return loss_of_d(run, D, amounts, x, c, fake, dial, wrong, differs)
     monkeypatch.setattr(train, "loss_of_d", watched)
     steps_of(t, 1)
     assert len(pairs) == 16 and all(len(c) == 1 and differs.all() for c, _, differs in pairs)
