@@ -87,7 +87,9 @@ case $recipe in
     -h | --help) sed -n '/^# Prepare/,/^# interrupted/s/^# \{0,1\}//p' "$here/run_all.sh"; exit ;;
     *)          mistake "$recipe is not a recipe: $(sed -n 's/^    \([a-z0-9-]*\)).*/\1/p' "$here/run_all.sh" | xargs)" ;;
 esac
-data=${DATA:-data/${recipe%-*}} run=${RUN:-runs/$recipe}
+set=$recipe  # variants of a recipe share their data
+for variant in 128 deep rmsprop r3; do set=${set%-"$variant"}; done
+data=${DATA:-data/$set} run=${RUN:-runs/$recipe}
 case ${prepare[0]-} in folder | coco)
     [ -n "${ROOT-}" ] || mistake "ROOT is missing, the images: ROOT=faces.zip bash run_all.sh $recipe"
     [ -z "${CAPTIONS-}" ] || prepare+=(--captions "$CAPTIONS") ;;

@@ -621,6 +621,29 @@ class DCGANDiscriminator(Discriminator):
         return nn.Conv2d(width, 1, base, bias=False)
 
 
+class SNGANGenerator(DCGANGenerator):
+    """Miyato et al. 2018, their standard network: as dcgan, with a convolution at full resolution."""
+    outer = False
+
+    def head(self, width, channels):
+        return nn.Conv2d(width, channels, 3, 1, 1)
+
+
+class SNGANDiscriminator(DCGANDiscriminator):
+    """A 3×3 convolution at each resolution, the full one too, and a strided 4×4 one between."""
+    outer = False
+
+    def layers(self, a, b, *shape):
+        normal = nn.BatchNorm2d(b) if self.normalised else nn.Identity()
+        return [nn.Conv2d(a, b, *shape), normal, nn.LeakyReLU(0.2, True)]
+
+    def stem(self, channels, width):
+        return nn.Sequential(nn.Conv2d(channels, width, 3, 1, 1), nn.LeakyReLU(0.2, True))
+
+    def stage(self, a, b):
+        return nn.Sequential(*self.layers(a, a, 4, 2, 1), *self.layers(a, b, 3, 1, 1))
+
+
 class UpsampleGenerator(Generator):
     """Linear to the first feature map, then nearest-neighbour upsampling and 3×3 convolutions."""
 
@@ -901,6 +924,7 @@ class SequenceDiscriminator(nn.Module):
 
 ARCHITECTURES = {  # name: (generator, discriminator, kind of data)
     "dcgan": (DCGANGenerator, DCGANDiscriminator, Images),
+    "sngan": (SNGANGenerator, SNGANDiscriminator, Images),
     "upsample": (UpsampleGenerator, UpsampleDiscriminator, Images),
     "resnet": (ResnetGenerator, ResnetDiscriminator, Images),
     "seq": (SequenceGenerator, SequenceDiscriminator, Texts),
