@@ -2,6 +2,7 @@
 
     python prepare_data.py shapes --out data/shapes --size 32
     python prepare_data.py mnist  --out data/mnist  --size 28
+    python prepare_data.py stacked-mnist --out data/stacked
     python prepare_data.py folder --out data/faces  --size 64 --root faces.zip
 
     python prepare_data.py text --out data/captions --root data/shapes/captions.jsonl
@@ -64,6 +65,7 @@ PATHS = ("root", "captions")  # options
 stopped = []  # signals received; looked at between images, since raising anywhere leaves threads waiting
 
 TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "celeba")
+DRAWN = {"shapes": 10_000, "stacked-mnist": 60_000}  # by --seed; how many without --num
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (240, 205, 40),
            "purple": (145, 60, 180), "orange": (245, 135, 35)}
@@ -417,24 +419,39 @@ class Data:
 # ---- sources: each gives how many pictures, their Items, and [(name, label)] of what it leaves out ---------
 
 def shapes_source(args):
-    return args.num or 10_000, (Item(f"shape {i}", i) for i in range(args.num or 10_000)), []
+    count = args.num or DRAWN[args.source]
+    return count, (Item(f"shape {i}", i) for i in range(count)), []
+
+
+def load_torchvision(name, root):
+    """One of torchvision's sets, read from the folder root or downloaded to it."""
+    from torchvision import datasets
+    dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
+                     "cifar10": datasets.CIFAR10, "celeba": datasets.CelebA}[name]
+    options = {"split": "all", "target_type": []} if name == "celeba" else {}
+    try:
+        try:
+            return dataset_class(root, download=False, **options)
+        except RuntimeError:  # torchvision's word for "not there"
+            print(f"{name} is not under {root}: downloading")
+            return dataset_class(root, download=True, **options)
+    except Exception as error:  # each mirror fails in its own way
+        fail(f"{name} is neither under --root {root} nor downloadable "
+             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})")
+
+
+def stacked_source(args):
+    """Three digits, drawn with replacement, as red, green and blue: 1,000 classes (Metz et al. 2017)."""
+    dataset = load_torchvision("mnist", args.root or "downloads")
+    digits, values, count = np.asarray(dataset.data), dataset.targets.tolist(), args.num or DRAWN[args.source]
+    drawn = np.random.default_rng(args.seed).integers(len(digits), size=(count, 3))
+    return count, (Item(f"digits {' '.join(map(str, three))}", np.stack(digits[three], axis=2),
+                        "".join(str(values[i]) for i in three)) for three in drawn), []
 
 
 def torchvision_source(args):
-    from torchvision import datasets
     root = args.root or "downloads"
-    dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
-                     "cifar10": datasets.CIFAR10, "celeba": datasets.CelebA}[args.source]
-    options = {"split": "all", "target_type": []} if args.source == "celeba" else {}
-    try:
-        try:
-            dataset = dataset_class(root, download=False, **options)
-        except RuntimeError:  # torchvision's word for "not there"
-            print(f"{args.source} is not under {root}: downloading")
-            dataset = dataset_class(root, download=True, **options)
-    except Exception as error:  # each mirror fails in its own way
-        fail(f"{args.source} is neither under --root {root} nor downloadable "
-             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})")
+    dataset = load_torchvision(args.source, root)
     if args.source == "celeba":
         folder = os.path.join(root, "celeba", "img_align_celeba")
         return len(dataset), (Item(name, os.path.join(folder, name)) for name in dataset.filename), []
@@ -1087,6 +1104,8 @@ def write_arrays(results, total, left, folder, args, text_encoder):
              "classes": None, "vocabulary": None, "text_encoder": None}
     if all(label is not None for label in labels):
         meta["classes"] = sorted(set(labels), key=lambda c: (len(c), c) if c.isdigit() else (0, c))
+        if args.source == "stacked-mnist":  # all of them, whether drawn or not
+            meta |= {"classes": [f"{i:03}" for i in range(1000)], "stacked": 10}
         index = {c: i for i, c in enumerate(meta["classes"])}
         array = np.array([index[label] for label in labels], np.int64)
         save_array(folder / "labels.npy", array, digest)
@@ -1244,22 +1263,25 @@ def cores():
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("source", choices=["shapes", *TORCHVISION, "folder", "coco", "text"], help="shapes: "
-                        "drawn here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: "
-                        "the same with COCO's captions; text: sentences without images")
+    parser.add_argument("source", choices=[*DRAWN, *TORCHVISION, "folder", "coco", "text"], help="shapes: "
+                        "drawn here, no download; stacked-mnist: three digits as red, green and blue, 1,000 "
+                        "classes; folder: a directory, .zip or .tar(.gz) of images; coco: the same with "
+                        "COCO's captions; text: sentences without images")
     files = "source folder or coco"
     add = parser.group("data")
     add("--out", required=True, metavar="DATA", help="folder to make")
     add("--root", metavar="SOURCE", excludes="source shapes", help="folder: where the images are; text: a "
         ".txt, a line a text, a captions.jsonl, or a folder or archive of these; torchvision's sets: where "
         "they are or are downloaded to (then default: downloads)")
-    add("--num", type=within(1, kind=int), help="shapes: how many to draw (default 10000); else: the first "
-        "so many")
-    add("--seed", type=within(0, kind=int), default=0, needs="source shapes or text", help="which shapes are "
-        "drawn, which texts are held out")
+    add("--num", type=within(1, kind=int), help="how many shapes (default 10000) or stacked digits (60000) "
+        "to draw; else: the first so many")
+    add("--seed", type=within(0, kind=int), default=0, needs="source shapes or stacked-mnist or text",
+        help="which shapes or digits are drawn, which texts are held out")
     add = parser.group("images", excludes=["source text"])
-    add("--size", type=within(1, kind=int), default=64, help="side of the images made, pixels")
-    add("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: 1 for the MNISTs, else 3)")
+    add("--size", type=within(1, kind=int), help="side of the images made, pixels (default: 32 for "
+        "stacked-mnist, else 64)")
+    add("--channels", type=int, choices=[1, 3], excludes="source stacked-mnist", help="1 gray, 3 RGB "
+        "(default: 1 for mnist and fashion-mnist, else 3)")
     add("--crop", type=within(1, kind=int), metavar="PIXELS", help="side of the centred square kept, in "
         "pixels of the source (default: the largest)")
     add("--background", default="white", help="colour under transparent pixels: a name or #rrggbb")
@@ -1284,7 +1306,8 @@ def parse_args(argv=None):
     add("--workers", type=within(1, kind=int), default=cores(), excludes="source text", help="decoding "
         "processes")
     args = parser.parse_args(argv)
-    args.channels = args.channels or (1 if "mnist" in args.source else 3)
+    args.size = args.size or (32 if args.source == "stacked-mnist" else 64)
+    args.channels = args.channels or (1 if args.source in ("mnist", "fashion-mnist") else 3)
     check(args)
     return args
 
@@ -1328,8 +1351,9 @@ def already(args, out, state):
 def make(args, out, state):
     """Build DATA beside its place and rename it there; returns its meta. state: that of the source."""
     if args.source != "text":
-        total, items, left = (shapes_source if args.source == "shapes" else torchvision_source
-                              if args.source in TORCHVISION else folder_source)(args)
+        sources = {"shapes": shapes_source, "stacked-mnist": stacked_source}
+        sources |= dict.fromkeys(TORCHVISION, torchvision_source)
+        total, items, left = sources.get(args.source, folder_source)(args)
         total, items = min(total, args.num or total), itertools.islice(items, args.num)
     text_encoder = load_text_encoder(args.text_encoder) if args.text_encoder else None
     for dead in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):  # left by a process that was killed

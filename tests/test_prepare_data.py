@@ -366,6 +366,31 @@ def test_mnist(tmp_path):
     assert np.bincount(np.load(tmp_path / "mnist" / "labels.npy"))[1] == 6742
 
 
+def test_stacked_mnist(tmp_path):
+    """Each channel is a digit as `mnist` has it, and the class says the three of them."""
+    need(SHARED / "mnist")
+    command = ("stacked-mnist", "--root", SHARED / "mnist", "--out")
+    prepare(*command, tmp_path / "stacked", "--num", "300")
+    images, meta = read(tmp_path / "stacked")
+    labels = np.load(tmp_path / "stacked" / "labels.npy")
+    assert images.shape == (300, 32, 32, 3) and meta["stacked"] == 10 and meta["name"] == "stacked-mnist"
+    assert meta["classes"] == [f"{i:03}" for i in range(1000)]
+    from torchvision.datasets import MNIST
+    dataset = MNIST(SHARED / "mnist")
+    drawn = np.random.default_rng(0).integers(60_000, size=(300, 3))
+    assert labels.tolist() == (dataset.targets.numpy()[drawn] @ [100, 10, 1]).tolist()
+    for i, channel in ((0, 0), (7, 1), (299, 2)):
+        digit = Image.fromarray(dataset.data[drawn[i, channel]].numpy())
+        digit = digit.resize((32, 32), Image.Resampling.LANCZOS)  # as of `mnist --size 32`
+        assert np.array_equal(images[i, :, :, channel], digit)
+    assert "already" in prepare(*command, tmp_path / "stacked", "--num", "300").stdout
+    prepare(*command, tmp_path / "fewer", "--num", "20", "--size", "28")
+    assert np.array_equal(read(tmp_path / "fewer")[0][5, :, :, 1], dataset.data[drawn[5, 1]])
+    prepare(*command, tmp_path / "other", "--num", "300", "--seed", "1")
+    assert not np.array_equal(np.load(tmp_path / "other" / "labels.npy"), labels)
+    refuse(*command, tmp_path / "gray", "--channels", "1", naming="--channels does not go with source stacked-mnist")
+
+
 def test_emoji(tmp_path):
     archive = need(SHARED / "emoji" / "noto-64.zip")
     prepare("folder", "--root", archive, "--out", tmp_path / "emoji", "--size", "64")
