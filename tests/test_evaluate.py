@@ -137,7 +137,12 @@ def data_of(folder, images, labels, classes, **more):
     return Data(folder)
 
 
-def test_classes_covered_and_their_divergence(tmp_path):
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(evaluate, "CLASS_STEPS", 200)
+
+
+def test_classes_covered_and_their_divergence(tmp_path, quick):
     """A perfect generator covers all; of half of the classes KL is log 2; of uneven ones what their shares say."""
     data = data_of(tmp_path / "data", *blobs(4, 2000, 0), 4)
     images, labels = blobs(4, 800, 1)
@@ -159,7 +164,7 @@ def test_classes_covered_and_their_divergence(tmp_path):
     assert found["modes"]["value"] == len(set(labels[:40].tolist()))
 
 
-def test_digits_that_are_stacked(tmp_path):
+def test_digits_that_are_stacked(tmp_path, quick):
     """27 classes of three values a channel; each channel is judged by one network, and the real share is 1/27 each."""
     grays, values = blobs(3, 9000, 0, channels=1)
 
@@ -179,7 +184,7 @@ def test_digits_that_are_stacked(tmp_path):
     assert one["modes"]["value"] == 1 and one["kl"]["value"] == pytest.approx(np.log(27))
 
 
-def test_classes_that_cannot_be_seen(tmp_path):
+def test_classes_that_cannot_be_seen(tmp_path, quick):
     images, labels = blobs(4, 200, 0)
     rng = np.random.default_rng(2)
 
