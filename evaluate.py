@@ -50,6 +50,10 @@ NEIGHBOURS = 3  # of precision, recall, density and coverage
 KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
 FULL_RANK = 2048  # Inception's features: of fewer images their covariance is singular
 RIVALS = 99  # of R-precision, beside the image itself
+CLASSIFIED = 20_000  # real images for the small network that names classes; a fifth of them tests it
+CLASS_STEPS = 2000  # of 64 of them: over 99 % of digits right
+TRUSTED = 0.97  # so many it is to name right
+STACKED_N = 25_600  # generated images in the published figures of stacked MNIST
 BLEU_ORDERS = (2, 3, 4, 5)
 TEXTS, TEXTS_SHOWN = 500, 20  # scored by BLEU, which takes each against all references; shown in the report
 GALLERY = 8  # pictures of a kind in the report
@@ -69,9 +73,14 @@ MEASURES = {  # key in metrics.json: name in print, digits after the point, prot
     "inception_score": ("Inception Score", 2, "10 splits, shuffled"),
     "floor": ("FID, real against real", 2, FID_PROTOCOL),
     "cosine": ("cosine with its own real image", 3,
-               "Inception features less their real mean, image by image"),
-    "r_precision": ("R-precision", 3,
-                    f"its own real image before {RIVALS} others, by that cosine; 10 draws of the others"),
+               "Inception features less their real mean, image by image; {captions}"),
+    "r_precision": ("R-precision", 3, f"its own real image before {RIVALS} others, by that cosine; 10 draws "
+                    "of the others; {captions}"),
+    "modes": ("modes", 0, "classes, of {classes}, that a small network sees in one or more of the images"),
+    "kl": ("KL of classes", 4,
+           "Σ p log(p/q), nats; p: the share of a class as that network sees it, q: {shares}"),
+    "digits_right": ("digits right", 4, "seen by that network in real images it was not trained on"),
+    "classes_right": ("classes right", 4, "seen by that network in real images it was not trained on"),
     "clip": ("CLIP score", 2, "100 × cosine, {model}"),
     **{f"bleu_{n}": (f"BLEU-{n}", 3, "nltk, smoothing method1, against held-out texts") for n in BLEU_ORDERS},
     **{f"self_bleu_{n}": (f"self-BLEU-{n}", 3, "each against the other generated texts")
@@ -83,8 +92,10 @@ MEASURES = {  # key in metrics.json: name in print, digits after the point, prot
     "nll_oracle": ("NLL by the oracle", 3,
                    "the oracle's, nats a token of generated texts; lower where they vary less"),
     "nll_oracle_real": ("the same of real texts", 3, "the same of real ones")}
-ATTRIBUTES = "seen by a small network, right on {on_real:.1%} of held-out real images; deviation over tenths"
-COMPARED = ("fid", "kid", "precision", "recall", "bleu_2", "self_bleu_2", "nll", "nll_oracle")  # by --compare
+ATTRIBUTES = ("seen by a small network, right on {on_real:.1%} of held-out real images; deviation over "
+              "tenths; {captions}")
+COMPARED = ("fid", "kid", "precision", "recall", "modes", "kl",  # by --compare
+            "bleu_2", "self_bleu_2", "nll", "nll_oracle")
 
 
 # ---- figures ---------------------------------------------------------------------------------------------
@@ -459,14 +470,109 @@ def image_figures(fake, real, classes, weights, source):
     return found
 
 
+# ---- classes, by a small network ---------------------------------------------------------------------------
+
+def shrink(images, indices, size, channels):
+    """Those at indices of images as open_images returns them -> float (n, channels, s, s), s 32 or size."""
+    parts = []
+    for part in np.array_split(indices, max(1, len(indices) // 500)):
+        x = torch.from_numpy(pixels_at(images, part)[..., :channels]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        parts.append(F.interpolate(x, size=min(size, 32), mode="area"))
+    return torch.cat(parts)
+
+
+def fit_classifier(x, truth, sides, steps):
+    """A network trained on images (n, C, s, s) and their attributes (n, k), each of so many values (k,)."""
+    torch.manual_seed(0)
+    layers, channels = [], x.shape[1]
+    for width in (16, 32, 64):
+        layers += [torch.nn.Conv2d(channels, width, 3, 1, 1), torch.nn.MaxPool2d(2, ceil_mode=True),
+                   torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
+        channels = width
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.LazyLinear(sum(sides)))
+    model(x[:2])
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+    for _ in range(steps):
+        index = torch.randint(len(x), (64,))
+        logits = model(x[index]).split(sides, 1)
+        loss = sum(F.cross_entropy(part, truth[index, i]) for i, part in enumerate(logits))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def see(model, x, sides):
+    """The values (n, k) of the attributes that a network of fit_classifier sees in images (n, C, s, s)."""
+    with torch.inference_mode():
+        logits = torch.cat([model(part) for part in x.split(500)])
+    return torch.stack([part.argmax(1) for part in logits.split(sides, 1)], 1)
+
+
+def class_figures(data, generated):
+    """How many of DATA's classes generated images cover, and how evenly: (figures, warnings).
+
+    Modes and KL(p || q) as Metz et al. 2017, Srivastava et al. 2017 and Lin et al. 2018 have them: p is the
+    share of generated images, as open_images returns them, in which a network trained on real ones sees a
+    class; q is the share of real images of that class, and of stacked MNIST 1/1000 for each. There the
+    network judges digits, a channel at a time, and three digits are the class.
+    """
+    meta, n = data.meta, len(generated)
+    labels = np.array(data.array("labels") if meta["classes"] else [], np.int64)
+    present, truth = np.unique(labels, return_inverse=True)  # all may have been held out of one
+    base, channels = meta.get("stacked", len(present)), 3 if "stacked" in meta else 1
+    classes = base ** channels
+    if classes < 2 or n < classes:
+        why = f"{n} images cannot cover {classes} classes" if classes > 1 else "fewer than two classes"
+        return {}, [f"no modes, KL of classes: {why if meta['classes'] else 'the data has no classes'}"]
+    power = base ** np.arange(channels)[::-1]
+    truth = torch.from_numpy((labels if channels > 1 else truth)[:, None] // power % base)
+
+    def judged(images, indices):  # (n, C, s, s), a channel each where digits are stacked
+        x = shrink(images, indices, meta["size"], meta["channels"])
+        return x.reshape(-1, meta["channels"] // channels, *x.shape[2:])
+
+    order = np.random.default_rng(0).permutation(len(labels))[:CLASSIFIED]
+    held = len(order) // 5 * channels
+    x, y = judged(data.array("images"), order), truth[order].reshape(-1, 1)
+    apart = {image.numpy().tobytes() for image in x[:held]}  # a digit may have been drawn twice
+    rest = [i for i in range(held, len(x)) if x[i].numpy().tobytes() not in apart]
+    if len(rest) < 10 * base:
+        return {}, [f"no modes, KL of classes: {len(rest)} real images are too few to learn {base} from"]
+    model = fit_classifier(x[rest], y[rest], [base], CLASS_STEPS)
+    right = (see(model, x[:held], [base]) == y[:held]).reshape(-1, channels).float()
+    seen = see(model, judged(generated, range(n)), [base]).reshape(n, channels).numpy() @ power
+    p = np.bincount(seen, minlength=classes) / n
+    q = np.bincount(truth.numpy() @ power, minlength=classes) / len(truth)
+    if channels > 1:
+        q = np.full(classes, 1 / classes)
+    kl = float(sum(a * np.log(a / b) for a, b in zip(p, q) if a))
+    shares = f"1/{classes}" if channels > 1 else f"of {len(labels)} real images"
+    found = figures({"modes": int((p > 0).sum()), "kl": kl}, n, classes=classes, shares=shares)
+    if channels > 1:
+        found |= figures({"digits_right": right.mean().item()}, n_real=held)
+    found |= figures({"classes_right": right.all(1).float().mean().item()}, n_real=len(right))
+    warned = []
+    if right.mean() < TRUSTED:
+        warned.append(f"modes and KL of classes are not to be trusted: the network that sees them is right "
+                      f"on {right.mean():.1%} of real {'digits' if channels > 1 else 'images'}")
+    if channels > 1 and n != STACKED_N:
+        warned.append(f"modes and KL of classes from {n} images: published figures are from {STACKED_N}; of "
+                      "fewer, modes are fewer and KL is higher")
+    return found, warned
+
+
 # ---- matching of image and caption -----------------------------------------------------------------------
 
-def matching(conditions, fake, real, network, images, device):
+def matching(conditions, fake, real, network, images, device, told="captions of the training data"):
     """How generated images fit the real ones whose captions they were made for, in Inception's features.
 
     Returns the figures, and (image, cosine) of each image that was compared, the worst first. conditions: for
     each image the "row" of its real one; fake (n, 2048), in this order; real: as real_statistics returns it,
-    its features used where the row is among them, else those of images.
+    its features used where the row is among them, else those of images; told: whose captions, for the
+    protocol.
     """
     # a row's first image speaks for it
     rows, numbers = np.unique([condition["row"] for condition in conditions], return_index=True)
@@ -481,7 +587,7 @@ def matching(conditions, fake, real, network, images, device):
     fake, own = (f.astype(np.float64) - real["mu"] for f in (fake[numbers], own))
     fake, own = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (fake, own))
     cosine = (fake * own).sum(1)
-    found = figures({"cosine": mean_and_std(cosine)}, len(fake), len(own))
+    found = figures({"cosine": mean_and_std(cosine)}, len(fake), len(own), captions=told)
     if len(fake) > RIVALS:
         rng, hits = np.random.default_rng(0), []
         for _ in range(10):
@@ -489,66 +595,43 @@ def matching(conditions, fake, real, network, images, device):
             others += others >= np.arange(len(own))[:, None]  # all but its own
             rival = np.stack([own[o] @ f for f, o in zip(fake, others)])
             hits.append((cosine[:, None] > rival).all(1).mean())
-        found |= figures({"r_precision": mean_and_std(hits)}, len(fake), RIVALS + 1)
+        found |= figures({"r_precision": mean_and_std(hits)}, len(fake), RIVALS + 1, captions=told)
     return found, sorted(zip(numbers.tolist(), cosine.tolist()), key=lambda pair: pair[1])
 
 
-def fit_classifier(x, truth, sides):
-    """A network trained on images (n, C, H, W) and their attributes (n, k), each of so many values (k,)."""
-    layers, channels = [], x.shape[1]
-    for width in (32, 64, 128):
-        layers += [torch.nn.Conv2d(channels, width, 3, 2, 1), torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
-        channels = width
-    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.LazyLinear(sum(sides)))
-    model(x[:2])
-    optimizer, steps = torch.optim.Adam(model.parameters()), 600
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    for _ in range(steps):
-        index = torch.randint(len(x), (64,))
-        logits = model(x[index]).split(sides, 1)
-        loss = sum(F.cross_entropy(part, truth[index, i]) for i, part in enumerate(logits))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-def attribute_rates(conditions, fake, images, captions):
+def attribute_rates(conditions, fake, images, captions, held_out=()):
     """Of captions with attributes (shapes): how often a small network, trained on real images, sees each.
 
-    fake: uint8 (n, H, W, C), in the order of conditions; images: DATA's, in that of captions.
+    fake, images (DATA's): as open_images returns them, in the order of conditions and of captions; held_out:
+    the captions that the rows of conditions are of, where those are not DATA's own.
     """
     names = [key for key in captions[0] if key != "captions"]
     if not names:
         return {}
-    values = {name: sorted({line[name] for line in captions}) for name in names}
-    truth = torch.tensor([[values[name].index(line[name]) for name in names] for line in captions])
+    values = {name: sorted({line[name] for line in [*captions, *held_out]}) for name in names}
     sides = [len(values[name]) for name in names]
 
-    def prepare(pixels):
-        x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return F.interpolate(x, size=min(images.shape[1], 32), mode="area")
+    def true_of(lines):
+        return torch.tensor([[values[name].index(line[name]) for name in names] for line in lines])
 
-    torch.manual_seed(0)
-    x = prepare(images[:10_000])
-    held = len(x) // 5
-    model = fit_classifier(x[held:], truth[held:len(x)], sides)
+    n, size, channels = min(len(images), 10_000), images.shape[1], images.shape[3]
+    x, truth, held = shrink(images, range(n), size, channels), true_of(captions[:n]), n // 5
+    model = fit_classifier(x[held:], truth[held:], sides, 600)
 
-    def hits(x, expected):
+    def hits(x, truth):
         """(n, attributes + 1) of 0 and 1, the last column all of them."""
-        with torch.inference_mode():
-            logits = torch.cat([model(part) for part in x.split(500)]).split(sides, 1)
-        hit = torch.stack([part.argmax(1) for part in logits], 1) == expected
+        hit = see(model, x, sides) == truth
         return torch.cat([hit, hit.all(1, keepdim=True)], 1).float()
 
     on_real = hits(x[:held], truth[:held]).mean(0)
-    on_fake = hits(prepare(fake), truth[[condition["row"] for condition in conditions]])
+    expected = true_of(held_out or captions)[[condition["row"] for condition in conditions]]
+    on_fake = hits(shrink(fake, range(len(conditions)), size, channels), expected)
     tenths = torch.stack([part.mean(0) for part in on_fake.chunk(10)])
+    told = f"captions {'held out of training' if held_out else 'of the training data'}"
     rates = {}
     for i, name in enumerate([*names, "all"]):
         rate = float(on_fake[:, i].mean()), float(tenths[:, i].std())
-        rates |= figures({f"{name} right": rate}, len(on_fake), held, on_real=on_real[i])
+        rates |= figures({f"{name} right": rate}, len(on_fake), held, on_real=on_real[i], captions=told)
     return rates
 
 
@@ -960,12 +1043,17 @@ def parse_args(argv=None):
     return args
 
 
-def score_captions(conditions, generated, fake, real, network, data, device):
-    """How well images fit the captions of DATA they were drawn for: (figures, galleries of the report)."""
-    images = data.array("images")
-    found, ranked = matching(conditions, fake["features"], real, network, images, device)
-    pixels = pixels_at(generated, range(len(generated)))[..., :images.shape[3]]
-    found |= attribute_rates(conditions, pixels, images, data.captions())
+def score_captions(conditions, generated, fake, real, network, data, device, held_out):
+    """How well images fit the captions of DATA they were drawn for: (figures, galleries of the report).
+
+    held_out: whether the rows of conditions are of the images that DATA holds out of training.
+    """
+    images, told, lines = data.array("images"), "captions of the training data", []
+    if held_out:
+        images, told = data.array("held_out_images"), "captions held out of training"
+        lines, real = data.captions(held_out=True), real | {"rows": np.arange(0)}  # none of them is there
+    found, ranked = matching(conditions, fake["features"], real, network, images, device, told)
+    found |= attribute_rates(conditions, generated, data.array("images"), data.captions(), lines)
     entries = [(i, [conditions[i]["row"]], f"{conditions[i]['caption']} ({cosine:.2f})")
                for i, cosine in ranked]
     heading = "Captions drawn {}: the generated image, the real one, their cosine"
@@ -973,8 +1061,16 @@ def score_captions(conditions, generated, fake, real, network, data, device):
                    gallery(heading.format("worst"), generated, images, entries[:GALLERY])]
 
 
-def score_images(args, images, run, config):
-    """FID and what comes of the same pass: (metrics, galleries of the report)."""
+def odd_pictures(images):
+    """A warning, or none, of what open_images returns: files that pytorch-fid would read otherwise."""
+    odd = [file for file in images if not is_plain(file)] if isinstance(images, list) else []
+    return [f"{len(odd)} of {len(images)} pictures in {odd[0].parent} are not plain 8-bit RGB or gray "
+            f"({odd[0].name}): read upright, on white if transparent, in sRGB, which pytorch-fid would not do"
+            ] if odd else []
+
+
+def score_images(args, images, run, config, record):
+    """FID and what comes of the same pass: (metrics, galleries of the report). record: sample.py's."""
     generated = open_images("--images", images)
     reference = open_images("--reference", args.reference) if args.reference else None
     data = None if args.reference else Data(args.data or config["options"]["data"])
@@ -1009,23 +1105,25 @@ def score_images(args, images, run, config):
     elif conditions and data and run and data.meta["fingerprint"] != config["data"]["fingerprint"]:
         warned.append(f"--data {source} is not what {run} was trained on: how well images match their "
                       "captions is not measured")
+    elif conditions and data and record.get("held_out") and not data.meta.get("held_out"):
+        warned.append(f"drawn for held-out captions, of which {source} has none: their match is not measured")
     elif conditions and data:
-        more, pictures = score_captions(conditions, generated, fake, real, network, data, device)
+        more, pictures = score_captions(conditions, generated, fake, real, network, data, device,
+                                        record.get("held_out"))
         found, galleries = found | more, galleries + pictures
-        if len(conditions) <= RIVALS:
-            warned.append(f"no R-precision: it takes {RIVALS + 1} images or more, here are {len(conditions)}")
+        if "r_precision" not in found:
+            rows = len({condition["row"] for condition in conditions})
+            warned.append(f"no R-precision: it takes images for {RIVALS + 1} real ones or more, here {rows}")
+    if data and "features" in fake:
+        more, reasons = class_figures(data, generated)
+        found, warned = found | more, warned + reasons
     if clip:
         found |= clip_score(clip, args.clip, conditions, pixels_at(generated, range(len(generated))))
     if "kid" not in found:
-        warned.append("no KID, precision, recall: statistics hold no image's features")
+        warned.append("no KID, precision, recall, modes: statistics hold no image's features")
     elif "precision" not in found:
         warned.append(f"no precision, recall, density, coverage: they take over {NEIGHBOURS} images each")
-    for images in (generated, reference):
-        odd = [] if images is None or not isinstance(images, list) else [f for f in images if not is_plain(f)]
-        if odd:
-            warned.append(f"{len(odd)} of {len(images)} pictures in {odd[0].parent} are not plain 8-bit RGB "
-                          f"or gray ({odd[0].name}): read upright, on white if transparent, in sRGB, which "
-                          "pytorch-fid would not do")
+    warned += odd_pictures(generated) + odd_pictures(reference)
     few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FULL_RANK]
     if few:
         warned.append(f"FID from {' and '.join(few)} images: under {FULL_RANK} the covariance is singular "
@@ -1066,7 +1164,7 @@ def score(args):
             fail(f"--data {data.folder}: not the texts that {run} was trained on")
         metrics, galleries = score_texts(samples, data, record)
     else:
-        metrics, galleries = score_images(args, samples, run, config)
+        metrics, galleries = score_images(args, samples, run, config, record)
 
     if run:
         metrics["warnings"] += training_warnings(read_status(run), config["steps"], record.get("step"))

@@ -2,6 +2,7 @@
 
     python prepare_data.py shapes --out data/shapes --size 32
     python prepare_data.py mnist  --out data/mnist  --size 28
+    python prepare_data.py stacked-mnist --out data/stacked
     python prepare_data.py folder --out data/faces  --size 64 --root faces.zip
 
     python prepare_data.py text --out data/captions --root data/shapes/captions.jsonl
@@ -64,6 +65,7 @@ PATHS = ("root", "captions")  # options
 stopped = []  # signals received; looked at between images, since raising anywhere leaves threads waiting
 
 TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "celeba")
+DRAWN = {"shapes": 10_000, "stacked-mnist": 60_000}  # by --seed; how many without --num
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (240, 205, 40),
            "purple": (145, 60, 180), "orange": (245, 135, 35)}
@@ -379,12 +381,16 @@ class Data:
         fail(f"{self.option} {self.folder}: {what}; make it again with prepare_data.py")
 
     def array(self, name):
-        """images (N, H, W, C) uint8; labels (N,); tokens (N, K, L), of texts (N, L); embeddings (N, K, n)."""
-        meta = self.meta
+        """images (N, H, W, C) uint8; labels (N,); tokens (N, K, L), of texts (N, L); embeddings (N, K, n).
+
+        held_out_images and so on: the same of the images held out; of texts, held_out (N, L).
+        """
+        meta, what = self.meta, name.removeprefix("held_out_")
         count, size, length = meta["count"], meta["size"], meta.get("length")  # the last of texts alone
+        count = count if what == name else meta.get("held_out")
         shape = {"images": (count, size, size, meta["channels"]), "labels": (count,),
                  "tokens": (count, length) if length else (count, None, None),
-                 "held_out": (meta.get("held_out"), length), "embeddings": (count, None, None)}[name]
+                 "held_out": (meta.get("held_out"), length), "embeddings": (count, None, None)}[what]
         try:
             array = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         except FileNotFoundError:
@@ -392,58 +398,80 @@ class Data:
         except (OSError, ValueError, EOFError) as error:
             self.damaged(f"{name}.npy is damaged ({in_a_line(error)})")
         fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape))
-        if not fits or array.dtype.kind != {"images": "u", "embeddings": "f"}.get(name, "i"):
+        if not fits or array.dtype.kind != {"images": "u", "embeddings": "f"}.get(what, "i"):
             self.damaged(f"meta.json says {shape}, {name}.npy is {array.dtype} {array.shape}")
-        if name not in ("images", "embeddings"):
-            known = len(meta["classes" if name == "labels" else "vocabulary"] or ())
+        if what not in ("images", "embeddings"):
+            known = len(meta["classes" if what == "labels" else "vocabulary"] or ())
             if not 0 <= array.min() <= array.max() < known:
-                what = "classes" if name == "labels" else "words of the vocabulary"
+                what = "classes" if what == "labels" else "words of the vocabulary"
                 self.damaged(f"{name}.npy goes beyond the {known} {what} in meta.json")
         return array
 
-    def captions(self):
+    def captions(self, held_out=False):
         """The lines of captions.jsonl, one an image: {"captions": [...], and attributes, if any}."""
+        name, count = "captions.jsonl", self.meta["count"]
+        if held_out:
+            name, count = "held_out_captions.jsonl", self.meta["held_out"]
         try:
-            lines = read_lines(self.folder / "captions.jsonl")
+            lines = read_lines(self.folder / name)
         except ValueError as error:
-            self.damaged(f"captions.jsonl is damaged ({error})")
-        return lines if len(lines) == self.meta["count"] else self.damaged(
-            f"captions.jsonl has {len(lines)} whole lines for {self.meta['count']} images")
+            self.damaged(f"{name} is damaged ({error})")
+        return lines if len(lines) == count else self.damaged(
+            f"{name} has {len(lines)} whole lines for {count} images")
 
     def verify(self):
         """End with a line unless the arrays are those that meta.json was written for; reads all of them."""
         meta, digest = self.meta, hashlib.sha256()
         names = {"images": not meta.get("length"), "labels": meta["classes"], "tokens": meta["vocabulary"],
                  "held_out": meta.get("length"), "embeddings": meta.get("text_encoder")}
-        for array in [self.array(name) for name, there in names.items() if there]:
+        split = meta.get("held_out") and not meta.get("length")
+        parts = ("", "held_out_") if split else ("",)
+        for array in [self.array(part + name) for name, there in names.items() if there for part in parts]:
             for i in range(0, len(array), 1024):
                 digest.update(array[i:i + 1024].tobytes())
         if digest.hexdigest() != meta["fingerprint"]:
             self.damaged("the arrays have changed since meta.json was written")
         if meta["vocabulary"] and not meta.get("length"):
             self.captions()
+            if split:
+                self.captions(held_out=True)
 
 
 # ---- sources: each gives how many pictures, their Items, and [(name, label)] of what it leaves out ---------
 
 def shapes_source(args):
-    return args.num or 10_000, (Item(f"shape {i}", i) for i in range(args.num or 10_000)), []
+    count = args.num or DRAWN[args.source]
+    return count, (Item(f"shape {i}", i) for i in range(count)), []
+
+
+def load_torchvision(name, root):
+    """One of torchvision's sets, read from the folder root or downloaded to it."""
+    from torchvision import datasets
+    dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
+                     "cifar10": datasets.CIFAR10, "celeba": datasets.CelebA}[name]
+    options = {"split": "all", "target_type": []} if name == "celeba" else {}
+    try:
+        try:
+            return dataset_class(root, download=False, **options)
+        except RuntimeError:  # torchvision's word for "not there"
+            print(f"{name} is not under {root}: downloading")
+            return dataset_class(root, download=True, **options)
+    except Exception as error:  # each mirror fails in its own way
+        fail(f"{name} is neither under --root {root} nor downloadable ({in_a_line(error)})")
+
+
+def stacked_source(args):
+    """Three digits, drawn with replacement, as red, green and blue: 1,000 classes (Metz et al. 2017)."""
+    dataset = load_torchvision("mnist", args.root or "downloads")
+    digits, values, count = np.asarray(dataset.data), dataset.targets.tolist(), args.num or DRAWN[args.source]
+    drawn = np.random.default_rng(args.seed).integers(len(digits), size=(count, 3))
+    return count, (Item(f"digits {' '.join(map(str, three))}", np.stack(digits[three], axis=2),
+                        "".join(str(values[i]) for i in three)) for three in drawn), []
 
 
 def torchvision_source(args):
-    from torchvision import datasets
     root = args.root or "downloads"
-    dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
-                     "cifar10": datasets.CIFAR10, "celeba": datasets.CelebA}[args.source]
-    options = {"split": "all", "target_type": []} if args.source == "celeba" else {}
-    try:
-        try:
-            dataset = dataset_class(root, download=False, **options)
-        except RuntimeError:  # torchvision's word for "not there"
-            print(f"{args.source} is not under {root}: downloading")
-            dataset = dataset_class(root, download=True, **options)
-    except Exception as error:  # each mirror fails in its own way
-        fail(f"{args.source} is neither under --root {root} nor downloadable ({in_a_line(error)})")
+    dataset = load_torchvision(args.source, root)
     if args.source == "celeba":
         folder = os.path.join(root, "celeba", "img_align_celeba")
         return len(dataset), (Item(name, os.path.join(folder, name)) for name in dataset.filename), []
@@ -834,13 +862,16 @@ def words_of(caption):
     return WORD.findall("".join(map(sign, unicodedata.normalize("NFC", caption.lower()))))
 
 
-def tokenize(captions, max_words=MAX_WORDS):
+def tokenize(captions, max_words=MAX_WORDS, known=None):
     """N lists of captions -> (tokens (N, K, L) int32, 0 = padding; vocabulary, most frequent word first;
-    how many captions were cut; how many words are beyond the vocabulary)."""
+    how many captions were cut; how many words are beyond the vocabulary).
+
+    known: how many of the N, from the first, the vocabulary is of (None: all).
+    """
     split = [[words_of(c) for c in per_image] for per_image in captions]
     cut = sum(len(words) > max_words for per_image in split for words in per_image)
     split = [[words[:max_words] for words in per_image] for per_image in split]
-    counts = Counter(word for per_image in split for words in per_image for word in words)
+    counts = Counter(word for per_image in split[:known] for words in per_image for word in words)
     vocabulary = ["<pad>", "<unk>"] + sorted(counts, key=lambda w: (-counts[w], w))[:MAX_VOCABULARY]
     index = {word: i for i, word in enumerate(vocabulary)}
     length = max(len(words) for per_image in split for words in per_image)
@@ -1051,33 +1082,54 @@ def leave_if_stopped():
         leave(stopped[0])
 
 
-def write_images(results, total, path, args, digest):
-    """Append pictures to images.npy as they come -> (labels, lines of captions.jsonl, what was skipped)."""
-    labels, texts, skipped = [], [], []
-    with open(path, "wb") as file:
-        def header(count):  # numpy pads its header so that the first axis can grow in place
-            shape = (count, args.size, args.size, args.channels)
-            array = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, array)
-        header(0)
-        start, results = file.tell(), tqdm(results, total=total, unit="img", disable=None)
-        for pixels, name, label, captions, attributes, reason in results:
+def held_out(total, args):
+    """The numbers of the pictures, of so many, that --holdout keeps out of training, drawn by --seed."""
+    count = round(total * (args.holdout or 0))
+    if args.holdout and not 0 < count < total:
+        fail(f"--holdout {args.holdout:g}: that is {count} of {total} images; it takes one or more, and "
+             "leaves as many")
+    return set(random.Random(args.seed).sample(range(total), count))
+
+
+def write_images(results, total, folder, args, digest):
+    """Append pictures to images.npy, or held_out_images.npy, as they come.
+
+    Returns [(label, line of captions.jsonl)] of the first, the same of the second, and what was skipped.
+    """
+    held, rows, skipped = held_out(total, args), ([], []), []
+
+    def header(file, count):  # numpy pads its header so that the first axis can grow in place
+        shape = (count, args.size, args.size, args.channels)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        return file.tell()
+    with contextlib.ExitStack() as stack:
+        names = ("images", "held_out_images")[:2 if held else 1]
+        files = [stack.enter_context(open(folder / f"{name}.npy", "wb+")) for name in names]
+        starts = [header(file, 0) for file in files]
+        results = tqdm(results, total=total, unit="img", disable=None)
+        for i, (pixels, name, label, captions, attributes, reason) in enumerate(results):
             leave_if_stopped()
             if pixels is None:
                 if args.strict:
                     fail(f"{name!r}: {reason} (--strict)")
                 skipped.append({"file": name, "reason": reason})
                 continue
-            row = pixels.tobytes()
-            file.write(row)
-            digest.update(row)
-            labels.append(label)
-            texts.append({"captions": captions} | (attributes or {}))
-        file.seek(0)
-        header(len(labels))
-        assert file.tell() == start, "numpy's header changed its length"
-        os.fsync(file.fileno())
-    return labels, texts, skipped
+            part = int(i in held)
+            files[part].write(pixels.tobytes())
+            if not part:
+                digest.update(pixels.tobytes())
+            rows[part].append((label, {"captions": captions} | (attributes or {})))
+        for file, start, those in zip(files, starts, rows):
+            assert header(file, len(those)) == start, "numpy's header changed its length"
+        for file, start in zip(files[1:], starts[1:]):  # their turn in the fingerprint
+            file.seek(start)
+            while block := file.read(1 << 24):
+                digest.update(block)
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    return *rows, skipped
 
 
 def write_arrays(results, total, left, folder, args, text_encoder):
@@ -1085,32 +1137,47 @@ def write_arrays(results, total, left, folder, args, text_encoder):
     digest, meta = hashlib.sha256(), left_out(left)
     if args.strict and meta["skipped"]:
         fail("{file!r}: {reason} (--strict)".format(**meta["skipped"][0]))
-    labels, texts, skipped = write_images(results, total, folder / "images.npy", args, digest)
+    rows, held, skipped = write_images(results, total, folder, args, digest)
     skipped = meta["skipped"] = meta["skipped"] + skipped
-    if not labels:
-        fail(f"{f'--root {args.root}' if args.root else args.source}: not one usable image"
+    if not rows or args.holdout and not held:
+        kind = "image that is held out (--holdout)" if rows else "image"
+        fail(f"{f'--root {args.root}' if args.root else args.source}: not one usable {kind}"
              + (f"; the first of {len(skipped)} skipped: {skipped[0]['file']!r}: {skipped[0]['reason']}"
                 if skipped else f" (looked for {' '.join(sorted(EXTENSIONS))})"))
-    meta |= {"name": args.source, "count": len(labels), "size": args.size, "channels": args.channels,
+    meta |= {"name": args.source, "count": len(rows), "size": args.size, "channels": args.channels,
              "classes": None, "vocabulary": None, "text_encoder": None}
+    if held:
+        meta["held_out"] = len(held)
+    labels, texts = zip(*rows, *held)
     if all(label is not None for label in labels):
         meta["classes"] = sorted(set(labels), key=lambda c: (len(c), c) if c.isdigit() else (0, c))
+        if args.source == "stacked-mnist":  # all of them, whether drawn or not
+            meta |= {"classes": [f"{i:03}" for i in range(1000)], "stacked": 10}
         index = {c: i for i, c in enumerate(meta["classes"])}
-        array = np.array([index[label] for label in labels], np.int64)
-        save_array(folder / "labels.npy", array, digest)
+        save_parts(folder, "labels", np.array([index[label] for label in labels], np.int64), meta, digest)
     if texts[0]["captions"] is not None:
         captions = [text["captions"] for text in texts]
-        array, meta["vocabulary"], meta["cut"], meta["rare"] = tokenize(captions, args.max_words or MAX_WORDS)
-        save_array(folder / "tokens.npy", array, digest)
+        array, meta["vocabulary"], meta["cut"], meta["rare"] = tokenize(
+            captions, args.max_words or MAX_WORDS, len(rows))
+        save_parts(folder, "tokens", array, meta, digest)
         if args.text_encoder:
             flat = text_encoder.encode([c for each in captions for c in each])
             array = np.zeros((len(captions), max(map(len, captions)), flat.shape[1]), np.float32)
             for row, each in zip(array, captions):
                 row[:len(each)], flat = flat[:len(each)], flat[len(each):]
-            save_array(folder / "embeddings.npy", array, digest)
+            save_parts(folder, "embeddings", array, meta, digest)
             meta["text_encoder"] = args.text_encoder
-        write_text(folder / "captions.jsonl", "".join(json.dumps(text) + "\n" for text in texts))
+        for name, part in (("captions", rows), ("held_out_captions", held)):
+            if part:
+                write_text(folder / f"{name}.jsonl", "".join(json.dumps(text) + "\n" for _, text in part))
     return meta | {"fingerprint": digest.hexdigest()}
+
+
+def save_parts(folder, name, array, meta, digest):
+    """An array of all images, those held out last, as NAME.npy and, if there are any, held_out_NAME.npy."""
+    save_array(folder / f"{name}.npy", array[:meta["count"]], digest)
+    if len(array) > meta["count"]:
+        save_array(folder / f"held_out_{name}.npy", array[meta["count"]:], digest)
 
 
 def left_out(left):
@@ -1252,25 +1319,30 @@ def cores():
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("source", choices=["shapes", *TORCHVISION, "folder", "coco", "text"], help="shapes: "
-                        "drawn here, no download; folder: a directory, .zip or .tar(.gz) of images; coco: "
-                        "the same with COCO's captions; text: sentences without images")
+    parser.add_argument("source", choices=[*DRAWN, *TORCHVISION, "folder", "coco", "text"], help="shapes: "
+                        "drawn here, no download; stacked-mnist: three digits as red, green and blue, 1,000 "
+                        "classes; folder: a directory, .zip or .tar(.gz) of images; coco: the same with "
+                        "COCO's captions; text: sentences without images")
     files = "source folder or coco"
     add = parser.group("data")
     add("--out", required=True, metavar="DATA", help="folder to make")
     add("--root", metavar="SOURCE", excludes="source shapes", help="folder: where the images are; text: a "
         ".txt, a line a text, a captions.jsonl, or a folder or archive of these; torchvision's sets: where "
         "they are or are downloaded to (then default: downloads)")
-    add("--num", type=within(1, kind=int), help="shapes: how many to draw (default 10000); else: the first "
-        "so many")
-    add("--seed", type=within(0, kind=int), default=0, needs="source shapes or text", help="which shapes are "
-        "drawn, which texts are held out")
+    add("--num", type=within(1, kind=int), help="how many shapes (default 10000) or stacked digits (60000) "
+        "to draw; else: the first so many")
+    add("--seed", type=within(0, kind=int), default=0, help="which shapes or digits are drawn, "
+        "which texts or images are held out")
     add = parser.group("images", excludes=["source text"])
-    add("--size", type=within(1, kind=int), default=64, help="side of the images made, pixels")
-    add("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: 1 for the MNISTs, else 3)")
+    add("--size", type=within(1, kind=int), help="side of the images made, pixels (default: 32 for "
+        "stacked-mnist, else 64)")
+    add("--channels", type=int, choices=[1, 3], excludes="source stacked-mnist", help="1 gray, 3 RGB "
+        "(default: 1 for mnist and fashion-mnist, else 3)")
     add("--crop", type=within(1, kind=int), metavar="PIXELS", help="side of the centred square kept, in "
         "pixels of the source (default: the largest)")
     add("--background", default="white", help="colour under transparent pixels: a name or #rrggbb")
+    add("--holdout", type=within(1e-6, 0.5), metavar="SHARE", help="share of the images, 0.05 say, that "
+        "is kept out of training, with captions and classes: held_out_*")
     add("--strict", action="store_true", help="a file or folder that cannot be used is an error, not skipped")
     add("--classes", choices=["folders", "none"], needs="source folder", help="whether the first folders are "
         "classes (default: they are, unless more images lie beside them than the smallest class has)")
@@ -1292,7 +1364,10 @@ def parse_args(argv=None):
     add("--workers", type=within(1, kind=int), default=cores(), excludes="source text", help="decoding "
         "processes")
     args = parser.parse_args(argv)
-    args.channels = args.channels or (1 if "mnist" in args.source else 3)
+    args.size = args.size or (32 if args.source == "stacked-mnist" else 64)
+    args.channels = args.channels or (1 if args.source in ("mnist", "fashion-mnist") else 3)
+    if "seed" in parser.named and args.source not in (*DRAWN, "text") and not args.holdout:
+        fail("--seed needs source shapes or stacked-mnist or text, or --holdout")
     check(args)
     return args
 
@@ -1336,8 +1411,9 @@ def already(args, out, state):
 def make(args, out, state):
     """Build DATA beside its place and rename it there; returns its meta. state: that of the source."""
     if args.source != "text":
-        total, items, left = (shapes_source if args.source == "shapes" else torchvision_source
-                              if args.source in TORCHVISION else folder_source)(args)
+        sources = {"shapes": shapes_source, "stacked-mnist": stacked_source}
+        sources |= dict.fromkeys(TORCHVISION, torchvision_source)
+        total, items, left = sources.get(args.source, folder_source)(args)
         total, items = min(total, args.num or total), itertools.islice(items, args.num)
     text_encoder = load_text_encoder(args.text_encoder) if args.text_encoder else None
     for dead in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):  # left by a process that was killed
@@ -1396,6 +1472,7 @@ def report(args, meta):
     elif meta.get("cut"):
         print(f"{meta['cut']:,} captions were cut to {args.max_words or MAX_WORDS} words (--max-words)")
     what += f", {len(meta['classes'])} classes" if meta["classes"] else ""
+    what += f", {meta['held_out']} others held out" if args.holdout else ""
     what += f", {len(skipped)} skipped (named in meta.json)" if skipped else ""
     print(f"{args.out}: {meta['count']} {what}")
 

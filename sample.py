@@ -53,6 +53,8 @@ def parse_args(argv=None):
     add("--text-file", metavar="FILE", help="the same, a caption a line")
     add("--data", metavar="DATA", excludes=["--text", "--text-file"], help="whose captions are drawn "
         "(default: those of the training data)")
+    add("--held-out", action="store_true", excludes=["--text", "--text-file"], help="draw the captions "
+        "of the images that prepare_data.py --holdout kept out of training")
     add("--truncation", type=within(1e-6, 100), help="largest |z|, from a truncated normal: below 2, safer "
         "images that vary less")
     add("--temperature", type=within(0.01, 100), default=1.0, help="of texts: below 1, likelier words that "
@@ -132,12 +134,15 @@ def given_captions(saved, texts, text_file):
             lambda i: {"caption": texts[i % len(texts)]})
 
 
-def captions_of_data(seed, saved, data):
-    """The same of the captions of DATA, in a seeded order; noted are row and caption."""
+def captions_of_data(seed, saved, data, held_out):
+    """The same of the captions of DATA, or of its held-out images, in a seeded order; noted: row, caption."""
     if data.meta["vocabulary"] != saved["vocabulary"]:
         fail(f"--data {data.folder}: another vocabulary than the generator's")
-    arrays = data.array("tokens" if saved["model"]["condition"] == "text" else "embeddings")
-    captions = [line["captions"] for line in data.captions()]
+    if held_out and not data.meta.get("held_out"):
+        fail(f"--held-out: {data.folder} has no images out of training; prepare_data.py --holdout makes some")
+    name = "tokens" if saved["model"]["condition"] == "text" else "embeddings"
+    arrays = data.array(f"held_out_{name}" if held_out else name)
+    captions = [line["captions"] for line in data.captions(held_out)]
     order = np.random.default_rng(seed).permutation(len(captions))
 
     def place(i):
@@ -172,6 +177,8 @@ def find_conditions(args, saved, folder):
         fail("--text: this generator was trained without captions (train.py --condition text)")
     if args.labels is not None and kind != "label":
         fail("--labels: this generator was trained without classes (train.py --condition label)")
+    if args.held_out and kind not in ("text", "vector"):
+        fail("--held-out: this generator was trained without captions (train.py --condition text)")
     if kind == "none":
         return lambda numbers: None, lambda i: {}, None
     if kind == "label":
@@ -181,7 +188,7 @@ def find_conditions(args, saved, folder):
     data = data_of(args.data, folder)
     if data is None:
         fail("no captions to draw: name the training data with --data, or captions with --text")
-    return *captions_of_data(args.seed, saved, data), data
+    return *captions_of_data(args.seed, saved, data, args.held_out), data
 
 
 def data_of(named, folder):
@@ -257,9 +264,8 @@ def animate(frames, duration):
                   quality=90)
 
 
-def captioned(notes, pixels, data):
+def captioned(notes, pixels, real):
     """A picture of images with their captions below them, and beside each the real image of that caption."""
-    real = data.array("images") if data else None
     import matplotlib  # for its font, which has more letters than Pillow's
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 10)
     side, width, height, columns = 96, 216, 150, min(4, len(notes))
@@ -339,7 +345,7 @@ def write_film(run):
 
 def write_texts(args, generator, saved, folder, device):
     """texts.txt, a line each, and texts.json: how they were asked for, how likely G finds unseen ones."""
-    for name in ("labels", "text", "text_file", "truncation", "grid", "interpolate"):
+    for name in ("labels", "text", "text_file", "held_out", "truncation", "grid", "interpolate"):
         if getattr(args, name):
             fail(f"{flag(name)}: not for a generator of texts")
     out, texts = Path(args.out or folder / "texts.txt"), []
@@ -379,7 +385,7 @@ def write_pictures(args, generator, saved, digest, folder, device):
     folder, written = out.parent, Written(out.parent)
     request = {"num": args.num, "seed": args.seed, "labels": args.labels, "truncation": args.truncation,
                "text": args.text, "text_file": args.text_file, "data": str(data.folder) if data else None,
-               "generator": digest, "step": saved["step"]}
+               "held_out": args.held_out, "generator": digest, "step": saved["step"]}
     done = False
     with contextlib.suppress(OSError, ValueError):
         files = [out] if out.suffix == ".npz" else [out / f"{i:06d}.png" for i in range(args.num)]
@@ -413,7 +419,8 @@ def write_pictures(args, generator, saved, digest, folder, device):
         written.write(folder / "grid.png", encode(make_grid(pixels, columns), "PNG"))
         print(f"{folder / 'grid.png'}: the first {args.grid} images")
         if saved["model"]["condition"] in ("text", "vector"):
-            page = captioned([note(i) for i in range(min(args.grid, 32))], pixels[:32], data)
+            real = data.array("held_out_images" if args.held_out else "images") if data else None
+            page = captioned([note(i) for i in range(min(args.grid, 32))], pixels[:32], real)
             written.write(folder / "captions.png", encode(page, "PNG"))
             print(f"{folder / 'captions.png'}: what was drawn for each caption"
                   + (", and the real image beside it" if data else ""))

@@ -116,6 +116,112 @@ def test_attributes_are_seen(tmp_path):
     assert blind["colour right"]["value"] < 0.5 < blind["size right"]["value"]
 
 
+def blobs(classes, count, seed, channels=3):
+    """uint8 (count, 8, 8, channels) of noise with one bright pixel of 3 × 3 places, which is the class; labels (count,)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(count) % classes)
+    images = rng.integers(0, 60, (count, 8, 8, channels), np.uint8)
+    for image, label in zip(images, labels):
+        image[1 + label // 3 * 2: 3 + label // 3 * 2, 1 + label % 3 * 2: 3 + label % 3 * 2] = 250
+    return images, labels
+
+
+def data_of(folder, images, labels, classes, **more):
+    """DATA of these arrays."""
+    folder.mkdir()
+    np.save(folder / "images.npy", images)
+    np.save(folder / "labels.npy", labels)
+    meta = {"name": "blobs", "count": len(images), "size": 8, "channels": images.shape[3], "vocabulary": None,
+            "classes": [str(i) for i in range(classes)], "fingerprint": "blobs"}
+    (folder / "meta.json").write_text(json.dumps(meta | more))
+    return Data(folder)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(evaluate, "CLASS_STEPS", 200)
+
+
+def test_classes_covered_and_their_divergence(tmp_path, quick):
+    """A perfect generator covers all; of half of the classes KL is log 2; of uneven ones what their shares say."""
+    data = data_of(tmp_path / "data", *blobs(4, 2000, 0), 4)
+    images, labels = blobs(4, 800, 1)
+    found, warned = evaluate.class_figures(data, images)
+    assert found["modes"]["value"] == 4 and found["kl"]["value"] == pytest.approx(0, abs=1e-6) and not warned
+    assert found["classes_right"]["value"] == 1 and found["classes_right"]["n_real"] == 400
+    assert found["modes"]["n_generated"] == 800 and "of 4" in found["modes"]["protocol"] and "2000 real" in found["kl"]["protocol"]
+    assert "digits_right" not in found
+    half = evaluate.class_figures(data, images[labels < 2])[0]
+    assert half["modes"]["value"] == 2 and half["kl"]["value"] == pytest.approx(np.log(2), abs=1e-6)
+    uneven = np.concatenate([images[labels == 3][:25], images[labels == 0][:75]])
+    expected = 0.25 * np.log(0.25 / 0.25) + 0.75 * np.log(0.75 / 0.25)
+    assert evaluate.class_figures(data, uneven)[0]["kl"]["value"] == pytest.approx(expected, abs=1e-6)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for i, image in enumerate(images[:40]):
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+    found = evaluate.class_figures(data, evaluate.open_images("--images", folder))[0]
+    assert found["modes"]["value"] == len(set(labels[:40].tolist()))
+
+
+def test_digits_that_are_stacked(tmp_path, quick):
+    """27 classes of three values a channel; each channel is judged by one network, and the real share is 1/27 each."""
+    grays, values = blobs(3, 9000, 0, channels=1)
+
+    def stack(start, stop):
+        images, digits = grays[start:stop, ..., 0].reshape(-1, 3, 8, 8), values[start:stop].reshape(-1, 3)
+        return images.transpose(0, 2, 3, 1).copy(), digits @ [9, 3, 1]
+    data = data_of(tmp_path / "data", *stack(0, 3000), 27, stacked=3)
+    images, labels = stack(3000, 9000)
+    found, warned = evaluate.class_figures(data, images)
+    p = np.bincount(labels, minlength=27) / 2000
+    assert found["modes"]["value"] == 27 and found["kl"]["value"] == pytest.approx((p * np.log(p * 27)).sum(), abs=1e-6)
+    assert found["digits_right"]["value"] == found["classes_right"]["value"] == 1
+    assert (found["digits_right"]["n_real"], found["classes_right"]["n_real"]) == (600, 200)
+    assert "1/27" in found["kl"]["protocol"] and warned == [
+        "modes and KL of classes from 2000 images: published figures are from 25600; of fewer, modes are fewer and KL is higher"]
+    one = evaluate.class_figures(data, np.repeat(images[:1], 50, 0))[0]  # the whole share on one class of 27
+    assert one["modes"]["value"] == 1 and one["kl"]["value"] == pytest.approx(np.log(27))
+
+
+def test_classes_that_cannot_be_seen(tmp_path, quick):
+    images, labels = blobs(4, 200, 0)
+    rng = np.random.default_rng(2)
+
+    def why(name, images, labels, classes, generated):
+        found, warned = evaluate.class_figures(data_of(tmp_path / name, images, labels, classes), generated)
+        return found, warned[0]
+    assert why("one", images, labels * 0, 1, images) == ({}, "no modes, KL of classes: fewer than two classes")
+    assert why("few", images, labels, 4, images[:3])[1] == "no modes, KL of classes: 3 images cannot cover 4 classes"
+    assert "too few to learn 4" in why("small", images[:40], labels[:40], 4, images)[1]
+    assert "too few to learn 4" in why("alike", images * 0, labels, 4, images)[1], "none but those it is tested on"
+    found, warned = why("noise", images, rng.permutation(labels), 4, images)
+    assert "not to be trusted" in warned and found["classes_right"]["value"] < 0.6
+    meta = json.loads((tmp_path / "noise" / "meta.json").read_text())
+    (tmp_path / "noise" / "meta.json").write_text(json.dumps(meta | {"classes": None}))
+    assert evaluate.class_figures(Data(tmp_path / "noise"), images) == ({}, ["no modes, KL of classes: the data has no classes"])
+
+
+def test_captions_held_out_of_training(tmp_path):
+    """The real images and attributes of held-out conditions are the held-out ones, and the protocol says so."""
+    call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "32", "--num", "3000", "--holdout", "0.1")
+    data = Data(tmp_path / "data")
+    images = data.array("held_out_images")
+    notes = [{"row": i, "caption": line["captions"][0]} for i, line in enumerate(data.captions(held_out=True))]
+
+    def features(pixels):  # an Inception's stand-in: (n, 2048) of images (n, 3, H, W)
+        return [pixels.flatten(1)[:, :2048, None, None]]
+    own = evaluate.inception_features(features, images, "cpu", np.arange(300))
+    real = {"mu": own.mean(0), "features": np.roll(own, 1, 0), "rows": np.arange(300)}  # rows of other images
+    found, _ = evaluate.score_captions(notes, images, {"features": own}, real, features, data, "cpu", True)
+    assert found["r_precision"]["value"] == 1 and found["cosine"]["value"] == pytest.approx(1)
+    assert all("captions held out of training" in found[key]["protocol"] for key in ("cosine", "r_precision", "all right"))
+    assert found["colour right"]["value"] > 0.95 and found["colour right"]["n_generated"] == 300
+    found, _ = evaluate.score_captions(notes, images, {"features": own}, real, features, data, "cpu", False)
+    assert found["colour right"]["value"] < 0.5, "rows of the training data are other images"
+    assert "captions of the training data" in found["cosine"]["protocol"]
+
+
 def test_equals_pytorch_fid(weights, tmp_path):
     """The same two folders, the same weights in pytorch-fid's own cache; and its statistics are read, and ours by it."""
     a, b = folder_of(tmp_path / "a", 24, 0), folder_of(tmp_path / "b", 22, 40)

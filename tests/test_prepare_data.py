@@ -366,6 +366,70 @@ def test_mnist(tmp_path):
     assert np.bincount(np.load(tmp_path / "mnist" / "labels.npy"))[1] == 6742
 
 
+def test_stacked_mnist(tmp_path):
+    """Each channel is a digit as `mnist` has it, and the class says the three of them."""
+    need(SHARED / "mnist")
+    command = ("stacked-mnist", "--root", SHARED / "mnist", "--out")
+    prepare(*command, tmp_path / "stacked", "--num", "300")
+    images, meta = read(tmp_path / "stacked")
+    labels = np.load(tmp_path / "stacked" / "labels.npy")
+    assert images.shape == (300, 32, 32, 3) and meta["stacked"] == 10 and meta["name"] == "stacked-mnist"
+    assert meta["classes"] == [f"{i:03}" for i in range(1000)]
+    from torchvision.datasets import MNIST
+    dataset = MNIST(SHARED / "mnist")
+    drawn = np.random.default_rng(0).integers(60_000, size=(300, 3))
+    assert labels.tolist() == (dataset.targets.numpy()[drawn] @ [100, 10, 1]).tolist()
+    for i, channel in ((0, 0), (7, 1), (299, 2)):
+        digit = Image.fromarray(dataset.data[drawn[i, channel]].numpy())
+        digit = digit.resize((32, 32), Image.Resampling.LANCZOS)  # as of `mnist --size 32`
+        assert np.array_equal(images[i, :, :, channel], digit)
+    assert "already" in prepare(*command, tmp_path / "stacked", "--num", "300").stdout
+    prepare(*command, tmp_path / "fewer", "--num", "20", "--size", "28")
+    assert np.array_equal(read(tmp_path / "fewer")[0][5, :, :, 1], dataset.data[drawn[5, 1]])
+    prepare(*command, tmp_path / "other", "--num", "300", "--seed", "1")
+    assert not np.array_equal(np.load(tmp_path / "other" / "labels.npy"), labels)
+    refuse(*command, tmp_path / "gray", "--channels", "1", naming="--channels does not go with source stacked-mnist")
+
+
+def test_held_out_images_are_apart(tmp_path):
+    """The same pictures, captions and classes as without, in two parts; words of the held-out ones alone are unknown."""
+    command = ("shapes", "--size", "16", "--num", "100", "--out")
+    prepare(*command, tmp_path / "all")
+    said = prepare(*command, tmp_path / "split", "--holdout", "0.2").stdout
+    assert "80 images" in said and "20 others held out" in said
+    (whole, _), (rest, meta) = (read(tmp_path / name) for name in ("all", "split"))
+    data = prepare_data.Data(tmp_path / "split")
+    data.verify()
+    apart = data.array("held_out_images")
+    assert (meta["count"], meta["held_out"], len(apart)) == (80, 20, 20)
+    place = {image.tobytes(): i for i, image in enumerate(whole)}
+    rows, held = ([place[image.tobytes()] for image in part] for part in (rest, apart))
+    assert sorted(rows + held) == list(range(100)) and rows == sorted(rows) and held == sorted(held)
+    classes, before = meta["classes"], prepare_data.Data(tmp_path / "all")
+    for numbers, prefix in ((rows, ""), (held, "held_out_")):
+        lines = data.captions(held_out=bool(prefix))
+        assert lines == [before.captions()[i] for i in numbers]
+        assert [classes[i].split()[1] for i in data.array(f"{prefix}labels")] == [line["shape"] for line in lines]
+        tokens = data.array(f"{prefix}tokens")
+        assert [meta["vocabulary"][i] for i in tokens[0, 0] if i] == lines[0]["captions"][0].split()
+    assert "already" in prepare(*command, tmp_path / "split", "--holdout", "0.2").stdout
+    refuse(*command, tmp_path / "split", "--holdout", "0.1", naming="--holdout 0.2 there, 0.1 asked")
+    prepare(*command, tmp_path / "seed", "--holdout", "0.2", "--seed", "1")
+    refuse(*command, tmp_path / "none", "--holdout", "0.001", naming="--holdout 0.001: that is 0 of 100 images")
+    refuse("text", "--root", tmp_path, "--out", tmp_path / "x", "--holdout", "0.1", naming="--holdout does not go with")
+    refuse("folder", "--root", tmp_path, "--out", tmp_path / "x", "--seed", "1", naming=["--seed needs", "--holdout"])
+    with open(tmp_path / "split" / "held_out_images.npy", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x07")
+    refuse(*command, tmp_path / "split", "--holdout", "0.2", naming="the arrays have changed")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all", "seed", "split"]
+
+
+def test_words_of_held_out_captions_alone_are_unknown():
+    tokens, vocabulary, _, _ = prepare_data.tokenize([["a b"], ["a"], ["a c"]], known=2)
+    assert vocabulary == ["<pad>", "<unk>", "a", "b"] and tokens[2].tolist() == [[2, 1]]
+
+
 def test_emoji(tmp_path):
     archive = need(SHARED / "emoji" / "noto-64.zip")
     prepare("folder", "--root", archive, "--out", tmp_path / "emoji", "--size", "64")

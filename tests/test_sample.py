@@ -92,6 +92,25 @@ def test_captions_of_the_data(captioned, shapes, tmp_path):
     refused("sample.py", "--run", tmp_path / "only", naming=["--data", "--text"])
 
 
+def test_held_out_captions(generator, captioned, shapes, tmp_path):
+    refused("sample.py", "--run", captioned, "--held-out", "--out", tmp_path / "a.npz", naming=["--held-out", "--holdout"])
+    refused("sample.py", "--run", generator, "--held-out", naming="--held-out: this generator was trained without captions")
+    refused("sample.py", "--run", captioned, "--held-out", "--data", shapes, "--text", "a star", naming="--held-out")
+    data, run = tmp_path / "data", tmp_path / "run"
+    call("prepare_data.py", "shapes", "--size", "16", "--num", "100", "--holdout", "0.2", "--out", data)
+    call("train.py", "--data", data, "--out", run, "--condition", "text", "--max-steps", "2", *TINY)
+    call("sample.py", "--run", run, "--num", "30", "--held-out", "--grid", "4")
+    notes = [json.loads(line) for line in open(run / "images.jsonl")]
+    captions = [json.loads(line)["captions"] for line in open(data / "held_out_captions.jsonl")]
+    assert sorted(note["row"] for note in notes[:20]) == list(range(20))
+    assert all(note["caption"] == captions[note["row"]][i // 20] for i, note in enumerate(notes))
+    assert json.loads((run / "images.json").read_text())["held_out"] is True
+    before = (run / "images" / "000000.png").read_bytes()
+    call("sample.py", "--run", run, "--num", "30")
+    assert json.loads((run / "images.json").read_text())["held_out"] is False
+    assert (run / "images" / "000000.png").read_bytes() != before
+
+
 def test_labels(generator, tmp_path):
     saved = torch.load(generator / "generator.pt", weights_only=True)
     first, second = saved["classes"][:2]
