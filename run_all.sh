@@ -36,6 +36,10 @@ case $recipe in
     mnist)      prepare=(mnist --size 28)
                 train=(--batch-size 64 --epochs 25)
                 real=(--num-real 2048) ;;
+    fashion-mnist)
+                prepare=(fashion-mnist --size 28)
+                train=(--batch-size 64 --epochs 25)
+                count=10000 real=(--num-real 10000) ;;
     mnist-128)  prepare=(mnist --size 28)
                 train=(--batch-size 128 --epochs 25)
                 real=(--num-real 2048) ;;
