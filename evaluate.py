@@ -41,8 +41,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from prepare_data import (Data, Parser, fail, find_device, flag, in_a_line, leave, on_signals, read_json,
-                          read_lines, read_picture, steady_output, whole_file, why_left, within, write_json,
-                          write_text)
+                          read_lines, read_picture, status_of, steady_output, whole_file, why_left,
+                          why_unread, within, write_json, write_text)
 
 BATCH = 32  # images a pass of Inception
 KEPT = 10_000  # real images whose features are kept for KID
@@ -252,10 +252,12 @@ def pixels_at(images, indices):
     if isinstance(images, np.ndarray):
         pixels = images[indices]
         return pixels if pixels.shape[3] == 3 else pixels.repeat(3, 3)
-    try:
-        pixels = [np.asarray(read_picture(images[i]).convert("RGB")) for i in indices]
-    except Exception as error:  # decoders of hostile files raise anything
-        fail(f"{images[0].parent}: not all of it can be read as images ({error})")
+    pixels = []
+    for i in indices:
+        try:
+            pixels.append(np.asarray(read_picture(images[i]).convert("RGB")))
+        except Exception as error:  # decoders of hostile files raise anything
+            fail(f"{images[i]}: cannot be read as an image ({why_unread(error, images[i])})")
     if len({p.shape for p in pixels}) > 1:
         fail(f"{images[0].parent}: images of different sizes")
     return np.stack(pixels)
@@ -949,8 +951,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.run and not (Path(args.run) / "config.json").exists():
         fail(f"--run {args.run}: not a run (no config.json); train.py makes it")
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        fail(f"--out {args.out}: {Path(args.out).parent} is not a folder")
+    if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir()):
+        fail(f"--out {args.out}: name a file, in a folder that is there")
     if args.compare or args.run:
         return args
     if args.images is None:
@@ -1100,7 +1102,7 @@ def main():
         else:
             score(args)
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), status_of(error))
 
 
 if __name__ == "__main__":

@@ -150,8 +150,8 @@ def leave(number, frame=None):
 
 
 def status_of(error):
-    """2 of an OSError that another --out would mend, 1 of a disk's."""
-    return 2 if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) else 1
+    """1 of a full or failing disk, 2 of any other OSError: a place that another call would not name."""
+    return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2
 
 
 def plural(n, noun):
@@ -911,7 +911,7 @@ def find_captions(args, read, names, images):
     if few:
         return None, (), []
     if not captions:
-        fail(f"--captions {args.captions}: no caption of any image; {reason or f'none in {args.root}'}")
+        fail(f"--captions {args.captions}: no caption of any image; {reason or 'there are none'}")
     if alone:
         alike = f"{plural(len(alone), 'image')} found by file name alone, such as "
         alike += "{!r} for {!r}".format(*alone[0])
@@ -1087,6 +1087,12 @@ def to_pixels(image, size, channels, crop, background):
     return np.asarray(image).reshape(size, size, channels)
 
 
+def why_unread(error, file):
+    """What a decoder says, without the file's name."""
+    reason = (getattr(error, "strerror", None) or str(error)).replace(f" {str(file)!r}", "")
+    return re.sub(r" ?<_io.BytesIO[^>]*>", "", reason) or type(error).__name__
+
+
 def oddities(image, side, size):
     """What may surprise of a picture that was read."""
     animated = False
@@ -1117,10 +1123,7 @@ def decode(items, args):
                 odd = oddities(image, min(*image.size, args.crop or sys.maxsize), args.size)
             results.append((pixels, name, label, captions, attributes, odd))
         except Exception as error:  # decoders of hostile files raise anything
-            reason = getattr(error, "strerror", None) or str(error)
-            for file in (re.escape(repr(payload)) if isinstance(payload, str) else "", r"<_io.BytesIO[^>]*>"):
-                reason = re.sub(f" ?{file}", "", reason) if file else reason
-            results.append((None, name, label, None, None, reason or type(error).__name__))
+            results.append((None, name, label, None, None, why_unread(error, payload)))
     return results
 
 
