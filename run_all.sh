@@ -196,12 +196,12 @@ stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 [ "$recipe" = captions ] || {
     have=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["count"])' "$data/meta.json")
-    [ "$have" -ge 2 ] || mistake "$data has only $have image: to be scored, $recipe needs at least 2"
+    [ "$have" != 1 ] || mistake "$data holds 1 image: the generated ones are scored against 2 or more"
     [ "$have" -ge 2048 ] || [ "${#real[@]}" = 0 ] || {
         say "run_all.sh: $data has $have images, not 2048: the generated ones are scored against these"
         real=()
     }
-    [ "$recipe" != folder ] || [ "$have" -ge 64 ] || {  # one batch, for one process
+    [ "$recipe" != folder ] || [ "$have" -ge 64 ] || [ "$have" -lt 1 ] || {  # one batch, for one process
         [[ " $*" == *" --batch-size"* ]] || say "run_all.sh: the batch is all $have of them, not 64"
         train+=(--batch-size "$have")
         gpus=1

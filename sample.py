@@ -97,7 +97,7 @@ def lines_told(file):
 def note_undrawn(num, count, what):
     """Say what --num leaves out of what the call names."""
     if 0 < num < count:
-        print(f"sample.py: --num {num} leaves out the last {count - num} of {count} {what}", file=sys.stderr)
+        print(f"sample.py: --num {num} leaves out {count - num} of {count} {what}", file=sys.stderr)
 
 
 # ---- latents and conditions ------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def parse_labels(text, classes):
 def label_conditions(args, saved):
     """(numbers of images -> tensor of their classes, number -> what to note of that image)."""
     seed, asked = args.seed, parse_labels(args.labels, saved["classes"]) if args.labels is not None else []
-    note_undrawn(args.num, len(asked), "--labels")
+    note_undrawn(args.num, len(asked), "labels")
     share = np.cumsum(saved["class_counts"]) / np.sum(saved["class_counts"])
 
     def label(i):  # as often as in the training data
@@ -401,7 +401,7 @@ def write_pictures(args, generator, saved, digest, folder, device):
     odd = out.suffix.lower() in EXTENSIONS.union((".npy", ".txt", ".zip"))
     odd = odd or out.is_file() and out.suffix != ".npz"
     if odd or args.out is not None and Path.cwd().is_relative_to(os.path.realpath(args.out)):  # ., .., /, ""
-        fail(f"--out {args.out}: name a folder to make, or a file ending in .npz")
+        fail(f"--out {args.out!r}: name a folder to make, or a file ending in .npz")
     if not out.parent.is_dir():
         fail(f"--out {out}: {out.parent} is not a folder")
     # beside images/, so that images/ holds nothing but PNGs
