@@ -40,8 +40,8 @@ from pytorch_fid import inception as fid_inception
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from prepare_data import (Data, Parser, fail, find_device, flag, in_a_line, leave, on_signals, read_json,
-                          read_lines, read_picture, status_of, steady_output, whole_file, why_left,
+from prepare_data import (Data, Parser, fail, find_device, flag, in_a_line, leave, on_signals, plural,
+                          read_json, read_lines, read_picture, status_of, steady_output, whole_file, why_left,
                           why_unread, within, write_json, write_text)
 
 BATCH = 32  # images a pass of Inception
@@ -225,7 +225,7 @@ def open_images(option, path):
         if left:
             print(f"note: {option} {path}: left out {', '.join(f'{n} {label}' for label, n in left.items())}")
         if len(files) < 2:
-            fail(f"{option} {path}: {len(files)} images here; it takes 2 or more")
+            fail(f"{option} {path}: {plural(len(files), 'image')} here; it takes 2 or more")
         return files
     if path.suffix not in (".npz", ".npy"):
         fail(f"{option} {path}: no such folder, and not an .npz or .npy")
@@ -338,9 +338,9 @@ def real_count(data, num_real=None, floor=False):
     """How many images of a Data a figure is of, or one line why it cannot be: a covariance takes two."""
     count = data.meta["count"]
     if (num_real or 2) > count:
-        fail(f"--num-real {num_real or 2}: {data.folder} has only {count} images")
+        fail(f"--num-real {num_real or 2}: {data.folder} has only {plural(count, 'image')}")
     if floor and count < 4:
-        fail(f"--floor: {data.folder} has only {count} images; two against two others are the least")
+        fail(f"--floor: {data.folder} has only {plural(count, 'image')}; two against two others are the least")
     return num_real or count
 
 

@@ -28,8 +28,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from prepare_data import (EXTENSIONS, Data, Parser, fail, find_device, flag, leave, lines_of,
-                          load_text_encoder, on_signals, read_json, status_of, steady_output, whole_file,
-                          within, words_of, write_text)
+                          load_text_encoder, on_signals, plural, read_json, status_of, steady_output,
+                          whole_file, within, words_of, write_text)
 from train import latents, load_generator, make_grid, to_pixels, to_texts
 
 BLOCK = 64  # images a pass, always: another number would round the last bits another way
@@ -346,7 +346,7 @@ def write_film(run):
     """RUN/film.webp of the grids that train.py drew of the same latents, each with its step below."""
     files = sorted((run / "grids").glob("step_*.png"))
     if len(files) < 2:
-        fail(f"--film {run}: {len(files)} grids of images in {run / 'grids'}; train.py leaves one every "
+        fail(f"--film {run}: {plural(len(files), 'grid')} of images in {run / 'grids'}; train.py leaves one every "
              f"--grid-every steps")
     files = [files[round(i)] for i in np.linspace(0, len(files) - 1, min(len(files), FILM))]
     frames, (width, height) = [], Image.open(files[-1]).size
@@ -436,7 +436,7 @@ def write_pictures(args, generator, saved, digest, folder, device):
         write_images(out, blocks(), written)
         written.write(notes, "".join(json.dumps({"image": i} | note(i)) + "\n" for i in range(args.num)))
         written.write(record, json.dumps(request, indent=1) + "\n")
-        print(f"{out}: {args.num} images of step {saved['step']}")
+        print(f"{out}: {plural(args.num, 'image')} of step {saved['step']}")
     if args.grid:
         pixels = draw(latents_of(range(args.grid)), conditions(range(args.grid)))
         columns = min(math.ceil(math.sqrt(args.grid)), 32)

@@ -1564,8 +1564,9 @@ class Watch:
         places = [run.out / "lock", run.out / "grids", run.out, *run.out.parents]
         self.made = [place for place in places if not place.exists()]
         try:
-            (run.out / "grids").mkdir(parents=True, exist_ok=True)
+            run.out.mkdir(parents=True, exist_ok=True)
             self.lock = lock(run.out)  # for as long as this file is open
+            (run.out / "grids").mkdir(exist_ok=True)
         except OSError as error:
             fail(f"--out {run.out}: {error.strerror}")
         self.bar, self.trackers, self.grid_rows = tqdm(disable=True), None, ()
@@ -1576,7 +1577,7 @@ class Watch:
     def withdraw(self):
         """Leave nothing of a call that is refused."""
         for place in self.made:
-            place.unlink() if place.name == "lock" else place.rmdir()
+            place.rmdir() if place.is_dir() else place.unlink()
 
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""

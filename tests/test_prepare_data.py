@@ -1,5 +1,6 @@
 """prepare_data.py: any picture in, uint8 arrays out, and nothing else on the disk."""
 
+import errno
 import io
 import json
 import os
@@ -255,12 +256,19 @@ def test_a_full_disk_or_a_signal_leaves_nothing(tmp_path):
     command = ["shapes", "--size", "32", "--num", "100000", "--out", tmp_path / "out"]
     done = call("bash", "-c", 'ulimit -f 200; exec "$@"', "-", sys.executable, ROOT / "prepare_data.py", *command, status=1)
     assert done.stderr.strip() == f"prepare_data.py: File too large: {tmp_path / 'out'}"
-    process = subprocess.Popen([sys.executable, str(ROOT / "prepare_data.py"), *map(str, command)])
+    process = subprocess.Popen([sys.executable, str(ROOT / "prepare_data.py"), *map(str, command)],
+                               stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("out.*.partial")):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert process.stderr.read().strip().endswith("prepare_data.py: SIGTERM: what was half done is dropped")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_is_the_users_to_mend_and_a_disk_is_not():
+    for number, status in ((errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1), (errno.EIO, 1)):
+        assert prepare_data.status_of(OSError(number, "")) == status
 
 
 def test_downloads_say_what_failed(tmp_path):
@@ -755,6 +763,11 @@ def test_texts_say_what_they_lose(made, tmp_path, monkeypatch):
                          source="text")
     assert "--level char" in said and meta["count"] == 36 and "1 .csv" in said and meta["left_out"] == {"hidden folder": 1}
     assert "--level char" not in made({}, "--level", "char", source="text")[1]
+    (tmp_path / "src" / "b.jsonl").write_text('{"text": ["!!!", null, "\U0001f431"]}\n')
+    meta, said, _ = made({}, "--num", "99", source="text")
+    assert meta["left_out"] == {"hidden folder": 1, "null caption": 1, "wordless text": 2} and meta["count"] == 36
+    assert "1 null caption, 2 wordless texts" in said and "note: 42 of the 99 that --num asks for" in said
+    (tmp_path / "src" / "b.jsonl").unlink()
     (tmp_path / "src" / "a.TXT").write_bytes(b"caf\xe9\n")
     refuse("text", "--root", tmp_path / "src", "--out", tmp_path / "x", naming=["a.TXT", "line 1 is not UTF-8 text"])
     put(tmp_path, {"t.jsonl": [{"captions": [None, f"cafe\u0301 {i}"]} for i in range(30)]})
