@@ -340,7 +340,8 @@ def real_count(data, num_real=None, floor=False):
     if (num_real or 2) > count:
         fail(f"--num-real {num_real or 2}: {data.folder} has only {plural(count, 'image')}")
     if floor and count < 4:
-        fail(f"--floor: {data.folder} has only {plural(count, 'image')}; two against two others are the least")
+        fail(f"--floor: {data.folder} has only {plural(count, 'image')}; two against two others are "
+             "the least")
     return num_real or count
 
 

@@ -346,8 +346,8 @@ def write_film(run):
     """RUN/film.webp of the grids that train.py drew of the same latents, each with its step below."""
     files = sorted((run / "grids").glob("step_*.png"))
     if len(files) < 2:
-        fail(f"--film {run}: {plural(len(files), 'grid')} of images in {run / 'grids'}; train.py leaves one every "
-             f"--grid-every steps")
+        fail(f"--film {run}: {plural(len(files), 'grid')} of images in {run / 'grids'}; train.py leaves one "
+             f"every --grid-every steps")
     files = [files[round(i)] for i in np.linspace(0, len(files) - 1, min(len(files), FILM))]
     frames, (width, height) = [], Image.open(files[-1]).size
     size = width * max(1, 512 // width), height * max(1, 512 // width)
