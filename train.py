@@ -1882,8 +1882,8 @@ def make_run(args):
     steps = len(data.rows) // batch
     left = max(args.epochs * steps - data.lead_in, 0) * batch
     if args.warmup >= args.epochs * steps:
-        fail(f"--warmup {args.warmup}: --epochs {args.epochs} have only {args.epochs * steps} steps; lower it "
-             "or raise --epochs")
+        fail(f"--warmup {args.warmup}: --epochs {args.epochs} have only {args.epochs * steps} steps; lower "
+             "it or raise --epochs")
     if (args.burn_in or 0) > left:
         fail(f"--burn-in {args.burn_in:g}: --epochs {args.epochs} have only {left} {data.unit} for it; lower "
              f"it, raise --epochs, or leave it out")
