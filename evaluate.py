@@ -40,9 +40,9 @@ from pytorch_fid import inception as fid_inception
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from prepare_data import (Data, Parser, fail, find_device, flag, in_a_line, leave, on_signals, read_json,
-                          read_lines, read_picture, steady_output, whole_file, why_left, within, write_json,
-                          write_text)
+from prepare_data import (Data, Parser, fail, find_device, flag, in_a_line, leave, on_signals, plural,
+                          read_json, read_lines, read_picture, status_of, steady_output, whole_file, why_left,
+                          why_unread, within, write_json, write_text)
 
 BATCH = 32  # images a pass of Inception
 KEPT = 10_000  # real images whose features are kept for KID
@@ -236,7 +236,7 @@ def open_images(option, path):
         if left:
             print(f"note: {option} {path}: left out {', '.join(f'{n} {label}' for label, n in left.items())}")
         if len(files) < 2:
-            fail(f"{option} {path}: {len(files)} images here; it takes 2 or more")
+            fail(f"{option} {path}: {plural(len(files), 'image')} here; it takes 2 or more")
         return files
     if path.suffix not in (".npz", ".npy"):
         fail(f"{option} {path}: no such folder, and not an .npz or .npy")
@@ -263,10 +263,12 @@ def pixels_at(images, indices):
     if isinstance(images, np.ndarray):
         pixels = images[indices]
         return pixels if pixels.shape[3] == 3 else pixels.repeat(3, 3)
-    try:
-        pixels = [np.asarray(read_picture(images[i]).convert("RGB")) for i in indices]
-    except Exception as error:  # decoders of hostile files raise anything
-        fail(f"{images[0].parent}: not all of it can be read as images ({error})")
+    pixels = []
+    for i in indices:
+        try:
+            pixels.append(np.asarray(read_picture(images[i]).convert("RGB")))
+        except Exception as error:  # decoders of hostile files raise anything
+            fail(f"{images[i]}: cannot be read as an image ({why_unread(error, images[i])})")
     if len({p.shape for p in pixels}) > 1:
         fail(f"{images[0].parent}: images of different sizes")
     return np.stack(pixels)
@@ -347,9 +349,10 @@ def real_count(data, num_real=None, floor=False):
     """How many images of a Data a figure is of, or one line why it cannot be: a covariance takes two."""
     count = data.meta["count"]
     if (num_real or 2) > count:
-        fail(f"--num-real {num_real or 2}: {data.folder} has only {count} images")
+        fail(f"--num-real {num_real or 2}: {data.folder} has only {plural(count, 'image')}")
     if floor and count < 4:
-        fail(f"--floor: {data.folder} has only {count} images; two against two others are the least")
+        fail(f"--floor: {data.folder} has only {plural(count, 'image')}; two against two others are "
+             "the least")
     return num_real or count
 
 
@@ -1032,8 +1035,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.run and not (Path(args.run) / "config.json").exists():
         fail(f"--run {args.run}: not a run (no config.json); train.py makes it")
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        fail(f"--out {args.out}: {Path(args.out).parent} is not a folder")
+    if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir()):
+        fail(f"--out {args.out}: name a file, in a folder that is there")
     if args.compare or args.run:
         return args
     if args.images is None:
@@ -1198,7 +1201,7 @@ def main():
         else:
             score(args)
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), status_of(error))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import codecs
 import contextlib
 import difflib
+import errno
 import functools
 import glob
 import hashlib
@@ -30,6 +31,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tarfile
 import time
@@ -55,13 +57,17 @@ ACCOMPANYING = set(""".cfg .csv .db .ds_store .html .ini .ipynb .json .jsonl .lo
 REASONS = {"uncaptioned image": "no caption", "stray image": "lies beside the folders that are the classes",
            "repeated folder": "read under another name", "special file": "a pipe, a socket or a device",
            "repeated name": "a later member of the archive has it",
-           "null caption": "null is no caption"}  # of other labels: "LABEL is not read"
+           "null caption": "null is no caption", "wordless caption": "a caption without a word",
+           "wordless text": "no word in it",
+           "unmatched caption": "the image of a caption is not there"}  # of others: "LABEL is not read"
 MAX_NAMED = 20_000  # files left out by the listing that meta.json names; beyond, they are counted
 MAX_FILE_BYTES = 1 << 29  # a zip member larger than this is a bomb, not a picture or a text
 MAX_WORDS, MAX_VOCABULARY = 32, 10_000  # of a caption; of all, the others become <unk>
 CHUNK = 32  # images a task: large enough that passing them costs little beside decoding
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATHS = ("root", "captions")  # options
+LISTS = ("captions.jsonl", "metadata.jsonl")  # captions among the images; the second as Hugging Face has it
+FILE_KEYS, CAPTION_KEYS = ("file", "file_name"), ("captions", "caption", "text")
 stopped = []  # signals received; looked at between images, since raising anywhere leaves threads waiting
 
 TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "celeba")
@@ -138,8 +144,20 @@ def on_signals(handler, numbers=SIGNALS):
 
 
 def leave(number, frame=None):
-    """End at a signal with its status, so that `finally` runs."""
+    """End at a signal with a line and its status, so that `finally` runs."""
+    name, bar = os.path.basename(sys.argv[0]), "\n" * os.isatty(2)  # which stands in the line
+    with contextlib.suppress(OSError):  # print() may be what was interrupted
+        os.write(2, f"{bar}{name}: {signal.Signals(number).name}: what was half done is dropped\n".encode())
     sys.exit(128 + number)
+
+
+def status_of(error):
+    """1 of a full or failing disk, 2 of any other OSError: a place that another call would not name."""
+    return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2
+
+
+def plural(n, noun):
+    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def flag(name):
@@ -498,10 +516,10 @@ def open_root(root):
             raise OSError("a pipe, a socket or a device" if root.exists() else "no such file")
         if zipfile.is_zipfile(root):
             archive = zipfile.ZipFile(root)
-            members = [(m.filename, m, True) for m in archive.infolist() if not m.is_dir()]
+            members = [(m.filename, m, target_of(archive, m)) for m in archive.infolist() if not m.is_dir()]
             return archive.open, *list_archive(members)
         archive = tarfile.open(root)
-        members = [(m.name, m, not m.isdev()) for m in archive if not m.isdir()]
+        members = [(m.name, m, m.linkname if m.issym() else m.isdev()) for m in archive if not m.isdir()]
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(1 << 15).strip(b"\0"):  # tarfile takes a broken member for the end
             raise OSError(f"damaged after the first {len(archive.members)} members, or two archives in one")
@@ -540,20 +558,44 @@ def list_folder(root):
     return names, left
 
 
+def target_of(archive, member):
+    """Where a member of a .zip that is a link leads to; False of a file."""
+    if not stat.S_ISLNK(member.external_attr >> 16) or member.file_size > 4096:
+        return False
+    target = read_member(archive.open, member)
+    return os.fsdecode(target) if isinstance(target, bytes) else False
+
+
 def list_archive(members):
-    """The same of an archive's members, (name, member, whether it is a file or a link to one)."""
-    names, left, hidden = {}, [], {}
-    for name, member, regular in members:
+    """The same of an archive's members, (name, member, False of a file, True of a device, or a target)."""
+    names, left, hidden, links = {}, [], {}, {}
+    for name, member, odd in members:
         parts = normal(name).split("/")
         at = next((i for i, part in enumerate(parts[:-1], 1) if part.startswith(".") and part != ".."), None)
         if at:
             hidden["/".join(parts[:at])] = "hidden folder"
-        elif not regular:
+        elif odd is True:
             left.append((name, "special file"))
+        elif odd:
+            links["/".join(parts)] = name, odd
         else:
             if name in names:
                 left.append((name, "repeated name"))
             names[name] = member
+    whole = {normal(name): name for name in names}
+    folders = {"."}.union(*(itertools.accumulate(name.split("/")[:-1], "{}/{}".format) for name in whole))
+    for link, (name, target) in links.items():  # within the archive
+        place, passed = link, []
+        while place in links and place not in passed:
+            passed.append(place)
+            to = links[place][1]
+            place = os.path.normpath(os.path.join(os.path.dirname(place), to.replace("\\", "/")))
+        if place in whole:
+            names[name] = names[whole[place]]
+        else:
+            what = "a link to itself" if place in links else f"a link to {target!r}"
+            what += ", a folder" if place in folders else ", which is not there" * (place not in links)
+            left.append((name, "link", what))
     return names, left + list(hidden.items())
 
 
@@ -572,20 +614,16 @@ def folder_source(args):
     """Images of a directory or archive, sorted by name. The first level of folders are classes."""
     root = Path(args.root)
     read, names, left = open_root(root)
-    images = []
-    for name in names:
-        label, named = why_left(name)
-        if label:
-            left.append((name if named else None, label))
-        else:
-            images.append(name)
+    labels = {name: why_left(name) for name in names}
+    images = [name for name, (label, _) in labels.items() if not label]
     # a compressed tar has no random access: sorted order would unpack it again for each image
     if not any(isinstance(member, tarfile.TarInfo) for member in names.values()):
         images.sort()
-    captions, more = find_captions(args, read, names, images) if images else (None, [])
+    captions, used, more = find_captions(args, read, names, images) if images else (None, (), [])
+    left += [(name if named else None, label) for name, (label, named) in labels.items()
+             if label and name not in used]
     left += more
     if captions is not None:
-        left += [(name, "uncaptioned image") for name in images if name not in captions]
         images = [name for name in images if name in captions]
     classes = classes_of(images, args.classes) if args.source == "folder" else {}
     if classes:
@@ -611,6 +649,8 @@ def classes_of(images, choice=None):
         folders = {name: parts for name, parts in folders.items() if parts}
         first = Counter(parts[0] for parts in folders.values())
     beside = len(images) - len(folders)
+    if choice == "folders" and len(first) < 2:
+        fail("--classes folders: the images do not lie in two folders or more")
     if len(first) < 2 or choice is None and beside > min(first.values()):
         if len(first) > 1:
             print(f"classes: none; {beside} images lie beside folders (--classes folders leaves them out)")
@@ -661,23 +701,24 @@ def text_of(data):
     return text
 
 
-def json_lines(data, *keys):
-    """(object, its captions) of each line {"captions": a text or a list, …} of a .jsonl's bytes.
+def json_lines(data, with_file=False):
+    """(file or "", its captions) of each line {"file": …, "captions": a text or a list} of a .jsonl's bytes.
 
-    null is no caption; keys: what else each line must hold as text.
+    null, which is no caption, is handed on.
     """
     for number, line in enumerate(text_of(data).split("\n"), 1):  # all other ends of lines are text in JSON
         try:
             if line := line.strip(" \t\r\ufeff"):
                 entry = json.loads(line)
-                told = entry["captions"] if isinstance(entry["captions"], list) else [entry["captions"]]
-                told = [text for text in told if text is not None]
-                if not all(isinstance(text, str) for text in [*told, *(entry[key] for key in keys)]):
+                told = entry[next(key for key in (*CAPTION_KEYS, CAPTION_KEYS[0]) if key in entry)]
+                told = told if isinstance(told, list) else [told]
+                file = entry[next(key for key in FILE_KEYS if key in entry)] if with_file else ""
+                if not all(isinstance(text, str) for text in [file, *(x for x in told if x is not None)]):
                     raise ValueError
-                yield entry, told
-        except (ValueError, KeyError, TypeError, RecursionError):
+                yield file, told
+        except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
             example = '{"file": "1.png", "captions": ["a boat"]}'
-            raise ValueError(f"line {number} is not like {example}") from None
+            raise ValueError(f"line {number} is not like {example}, an image a line") from None
 
 
 def coco_captions(path):
@@ -685,13 +726,20 @@ def coco_captions(path):
     files, told, left = {}, {}, []
     try:
         content = json.loads(text_of(Path(path).read_bytes()))
+        if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+            raise ValueError('not as COCO\'s captions are: {"images": […], "annotations": […]}')
         for image in content["images"]:
-            number, file = image["id"], normal(image["file_name"])
-            if number in files or file in told:
-                raise ValueError(f"image {number} is there twice: {files.get(number, file)!r} and {file!r}")
+            number, file = str(image["id"]), normal(image["file_name"])
+            if number in files:
+                raise ValueError(f"image {number} is there twice: {files[number]!r} and {file!r}")
+            if file in told:
+                other = next(number for number in files if files[number] == file)
+                raise ValueError(f"{file!r} is there twice: as image {other} and image {number}")
             files[number], told[file] = file, []
+        if not any("caption" in annotation for annotation in content["annotations"]):
+            raise ValueError("no captions in its annotations: COCO's are in captions_*.json")
         for i, annotation in enumerate(content["annotations"]):
-            number, text = annotation["image_id"], annotation["caption"]
+            number, text = str(annotation["image_id"]), annotation["caption"]
             name = f"annotation {annotation.get('id', f'number {i}')}, of image {number}"
             if number not in files:
                 raise ValueError(f"{name}: there is no such image")
@@ -705,31 +753,34 @@ def coco_captions(path):
 
 
 def listed_captions(files, root=None):
-    """{path below the source: captions} of captions.jsonl files, {name: bytes}; lines of one image add up.
+    """({folder: {path: captions}}, [(name, label)] of what is left out) of .jsonl files, {name: bytes}.
 
     Paths are relative to the file that names them; in one from outside (root: the source), also to root.
+    Lines of one image add up.
     """
-    told = {}
+    listed, left = defaultdict(dict), []
     for name, data in files.items():
         folder = os.path.dirname(os.path.realpath(name) if root else normal(name))
+        told = listed["" if root else folder]
         try:
-            for entry, texts in json_lines(data, "file"):
-                file = entry["file"].replace("\\", "/")
-                path = os.path.join(folder, file)
+            for file, texts in json_lines(data, with_file=True):
+                path = os.path.join(folder, file.replace("\\", "/"))
                 if root:
                     path = os.path.relpath(path, root)
                     path = file if path.startswith("../") else path
-                told.setdefault(normal(path), []).extend(texts)
+                told.setdefault(normal(path), []).extend(text for text in texts if text is not None)
+                left += [(f"{file}, in {name}", "null caption")] * texts.count(None)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    return told
+    return listed, left
 
 
-def texts_beside(read, names, images):
-    """{image: captions} of .txt beside images of the same name, a line a caption; not boxes, not numbers."""
-    stems, told, broken = defaultdict(list), {}, []
+def texts_beside(read, names, images, needed):
+    """({image: captions}, {image: why it has none}, names) of .txt beside images, a line a caption; no boxes.
+    Where they are needed, ValueError if half of the images would be lost to unreadable ones."""
+    stems, told, why, taken, broken = defaultdict(list), defaultdict(list), {}, [], []
     for image in images:
-        stems[os.path.splitext(normal(image))[0]].append(normal(image))
+        stems[os.path.splitext(normal(image))[0]].append(image)
     for name, member in names.items():
         stem, ending = os.path.splitext(normal(name))
         if ending.lower() != ".txt" or stem not in stems:
@@ -739,103 +790,168 @@ def texts_beside(read, names, images):
             if len(stems[stem]) > 1:
                 raise ValueError("could be of {!r} as well as {!r}".format(*stems[stem]))
             parts = re.split(r"[\s,;]+", text.strip())
-            numbers = sum(not any(map(str.isalpha, part)) for part in parts)
-            told.setdefault(stems[stem][0], []).extend(lines_of(text) if 2 * numbers <= len(parts) else [])
+            if 2 * sum(not any(map(str.isalpha, part)) for part in parts) > len(parts):
+                why[stems[stem][0]] = f"{name} holds {'numbers' if text.strip() else 'nothing'}, no caption"
+            else:
+                told[stems[stem][0]] += lines_of(text)
+                taken.append(name)
         except ValueError as error:
             broken.append(f"{name}: {error}")
-    if broken and 2 * (len(broken) + sum(map(bool, told.values()))) >= len(images):
+            why |= dict.fromkeys(stems[stem], broken[-1])
+    if needed and broken and 2 * (len(broken) + len(told)) >= len(images):
         raise ValueError(broken[0])
-    return told
-
+    return told, why, taken
 
 def lines_of(text):
     return re.split(r"\r\n?|\n", text)
 
 
-def pair(entries, images):
-    """({entry: image}, how many of them by file name alone) of paths in captions and in the source.
-
-    By path; if no path is the same, below folders that wrap all of one side; then by file name, where it is
-    unique in both. ValueError where one of two could be meant.
-    """
-    spelled = {}
-    for image in images:
-        if spelled.setdefault(normal(image), image) != image:
-            raise ValueError(f"{spelled[normal(image)]!r} and {image!r} are one path, spelled twice")
-
+def by_path(entries, images):
+    """[(entry, image)] of {path: entry} and {path: image} whose paths are the same; where there are none,
+    below folders that wrap all of one side."""
     def below(paths, depth):
-        return {path.split("/", depth)[depth]: path for path in paths}
+        return {path.split("/", depth)[depth]: whole for path, whole in paths.items()}
 
     def depths(paths):
         return range(1 + len(os.path.commonprefix([path.split("/")[:-1] for path in paths])))
-
-    def by_name(paths):
-        names = defaultdict(list)
-        for path in paths:
-            names[os.path.basename(path)].append(path)
-        return names
-    ways = [(below(entries, depth), below(spelled, 0)) for depth in depths(entries)]
-    ways += [(below(entries, 0), below(spelled, depth)) for depth in depths(spelled)]
+    ways = [(below(entries, depth), images) for depth in depths(entries)]
+    ways += [(entries, below(images, depth)) for depth in depths(images)]
     same = [len(named.keys() & there.keys()) for named, there in ways]
-    named, there = ways[0 if same[0] else same.index(max(same))]
-    pairs = {named[path]: spelled[there[path]] for path in named.keys() & there.keys()}
-    ours, theirs = by_name(entries), by_name(spelled)
-    alone = sorted((ours.keys() & theirs.keys()) - by_name(pairs).keys())
-    for name in alone:
-        few, many = sorted((ours[name], theirs[name]), key=len)
-        if len(many) > 1:
-            raise ValueError(f"{few[0]!r} could be {many[0]!r} or {many[1]!r}: captions must name paths")
-        pairs[ours[name][0]] = spelled[theirs[name][0]]
-    return pairs, len(alone)
+    named, there = ways[same.index(max(same))]
+    return [(named[path], there[path]) for path in named.keys() & there.keys()]
 
 
-def read_captions(args, read, names, images):
-    """(where captions were found, {path: captions}, [(name, label)] of what is left out)."""
-    wanted, left = args.captions, []
-    found = [name for name in names if os.path.basename(normal(name)).lower() == "captions.jsonl"]
-    where = os.path.join(args.root, found[0]) if found else f"the .txt beside the images of {args.root}"
-    where += f" and {len(found) - 1} more" if len(found) > 1 else ""
+def by_name(entries, images):
+    """The same of file names alone, which must be unique on both sides: ValueError names two that are not."""
+    names = defaultdict(lambda: ([], []))
+    for side, paths in enumerate((entries, images)):
+        for path, whole in paths.items():
+            names[os.path.basename(path)][side].append(whole)
+    for ours, theirs in names.values():
+        if ours and theirs:
+            few, many = sorted((ours, theirs), key=len)
+            if len(many) > 1:
+                raise ValueError(f"{few[0]!r} could be {many[0]!r} or {many[1]!r}: captions must name paths")
+            yield ours[0], theirs[0]
+
+
+def pair(listed, images):
+    """({image: captions}, entries of no image, [(entry, image)] found by file name alone) of {folder: {path:
+    captions}} and the images of the source.
+
+    A path counts as it is, anywhere. Only for images below the folder whose file names them, one of another
+    root may do (by_path), and in the end a file name: that of an entry without folders, or of any if not
+    one path of its file was found. An image found by its path takes no other's.
+    """
+    spelled, below, pairs, lost, alone = {}, {folder: {} for folder in listed}, {}, [], []
+    for image in images:
+        if spelled.setdefault(normal(image), image) != image:
+            raise ValueError(f"{spelled[normal(image)]!r} and {image!r} are one path, spelled twice")
+    for path in spelled:
+        parts = path.split("/")
+        for depth in range(len(parts)):
+            if (folder := "/".join(parts[:depth])) in below:
+                below[folder]["/".join(parts[depth:])] = path
+    for folder, told in listed.items():
+        inside = {path.removeprefix(f"{folder}/"): path for path in told}
+        same = [(path, path) for path in told.keys() & spelled.keys()]
+        pairs[folder] = dict(same or by_path(inside, below[folder]))
+    found = {path for found in pairs.values() for path in found.values()}
+    for folder, told in listed.items():
+        inside = {path.removeprefix(f"{folder}/"): path for path in told}
+        barred = {os.path.basename(path) for path, whole in inside.items()
+                  if whole in pairs[folder] or "/" in path and pairs[folder]}
+        free = {path: whole for path, whole in inside.items() if os.path.basename(path) not in barred}
+        more = [(entry, path) for entry, path in by_name(free, below[folder]) if path not in found]
+        pairs[folder] |= more
+        alone += [(entry, spelled[path]) for entry, path in more]
+    captions = defaultdict(list)
+    for folder, told in listed.items():
+        for entry, texts in told.items():
+            if entry in pairs[folder]:
+                captions[spelled[pairs[folder][entry]]] += texts
+            else:
+                lost.append(entry)
+    return dict(captions), lost, alone
+
+
+def read_captions(args, read, names):
+    """({folder: {path: captions}} as listed, [(name, label)] left out, names of the files inside)."""
     if args.source == "coco":
-        where, (told, left) = wanted, coco_captions(wanted)
-    elif wanted not in (None, "inside"):
-        where, data = wanted, Path(wanted).read_bytes()
-        told = listed_captions({wanted: data}, os.path.realpath(args.root))
-    elif found:
-        told = listed_captions({name: read_member(read, names[name]) for name in found})
-    else:
-        told = texts_beside(read, names, images)
-    return where, told, left
+        told, left = coco_captions(args.captions)
+        return {"": told}, left, []
+    if args.captions not in (None, "inside"):
+        data = Path(args.captions).read_bytes()
+        return *listed_captions({args.captions: data}, os.path.realpath(args.root)), []
+    files = {name: read_member(read, names[name]) for name in names
+             if os.path.basename(normal(name)).lower() in LISTS}
+    keys = [f'"{key}"'.encode() for key in CAPTION_KEYS]  # metadata need not hold captions
+    files = {name: data for name, data in files.items() if not isinstance(data, bytes)
+             or os.path.basename(name).lower() == LISTS[0] or any(key in data for key in keys)}
+    return *listed_captions(files), list(files)
+
+
+def why_none(lost, left, why, images):
+    """Why no image has a caption, in words."""
+    def stem(path):
+        return os.path.splitext(os.path.basename(normal(path)))[0].lower()
+    near = {stem(image): image for image in images}
+    for entry in lost:
+        if stem(entry) in near:
+            return f"{entry!r} and the image {near[stem(entry)]!r} differ in folder, case or ending"
+    if lost:
+        return f"the first is of {lost[0]!r}, an image is {images[0]!r}"
+    return "; ".join([f"{name}: {REASONS[label]}" for name, label in left[:1]] or [*why.values()][:1])
 
 
 def find_captions(args, read, names, images):
-    """({image: [captions]} or None, [(name, label)] of what is left out); says what it takes for captions."""
+    """({image: [captions]} or None, names of the files they are in, [(name, label)] of what is left out);
+    says what it takes for captions."""
     if args.captions == "none":
-        return None, []
+        return None, (), []
+    inside = args.captions in (None, "inside")
     try:
-        where, told, left = read_captions(args, read, names, images)
-        pairs, by_name = pair(told, images) if told else ({}, 0)
+        listed, left, files = read_captions(args, read, names)
+        found, lost, alone = pair(listed, images) if listed else ({}, [], [])
+        rest = [image for image in images if not any(found.get(image, ()))] if inside else []
+        told, why, texts = texts_beside(read, names, rest, not listed)
     except (OSError, ValueError) as error:
         option = f"--captions {args.captions}" if args.captions else f"captions of --root {args.root}"
         fail(f"{option}: {error.strerror if isinstance(error, OSError) else error}")
-    captions = {image: [text for text in told[entry] if words_of(text)] for entry, image in pairs.items()}
-    captions = {image: texts for image, texts in captions.items() if texts}
+    captions = {}
+    for image, several in (found | told).items():
+        different = [text for text in dict.fromkeys(several) if text.strip()]
+        captions[image] = [text for text in different if words_of(text)]
+        left += [(image, "wordless caption")] * (len(different) - len(captions[image]))
+    captions = {image: several for image, several in captions.items() if several}
+    where = os.path.join(args.root, files[0]) if files else "" if inside else args.captions
+    where += f" and {len(files) - 1} more" if len(files) > 1 else ""
+    where += f" and {len(texts)} .txt" if where and texts else ""
+    where = where or f"the .txt beside the images of {args.root}"
     few = 2 * len(captions) < len(images) and not args.captions
-    beside = Path(args.root).resolve().parent / "captions.jsonl"
-    if few and told:
-        print(f"captions: none; {where}: only {len(captions)} of {len(images)} images (--captions inside)")
+    reason = "" if captions else why_none(lost, left, why, images)
+    beside = Path(args.root).resolve().parent / LISTS[0]
+    if few and (captions or reason):
+        print(f"captions: none; {where}: only {len(captions)} of {plural(len(images), 'image')} "
+              + ("have one (--captions inside keeps those)" if captions else f"have one; {reason}"))
     elif few and beside.exists():
         print(f"captions: none; {beside} lies outside --root (--captions takes it)")
     if few:
-        return None, []
+        return None, (), []
     if not captions:
-        first = f"; the first is of {next(iter(told))!r}, an image is {images[0]!r}" if told else ""
-        fail(f"--captions {args.captions}: no caption of any image{first}")
-    count, gone = sum(map(len, captions.values())), len(told) - len(pairs)
+        fail(f"--captions {args.captions}: no caption of any image; {reason or 'there are none'}")
+    if alone:
+        alike = f"{plural(len(alone), 'image')} found by file name alone, such as "
+        alike += "{!r} for {!r}".format(*alone[0])
+    if alone and args.strict:
+        fail(f"captions: {alike} (--strict)")
+    count = sum(map(len, captions.values()))
     print(f"captions: {count:,} from {where}, {count / len(captions):.1f} an image"
-        + (f", {by_name:,} images found by file name alone" if by_name else "")
-        + (f"; {gone:,} of the images that it names are not there" if gone else ""))
-    return captions, left
-
+          + (f"; {alike}" if alone else ""))
+    left += [(entry, "unmatched caption") for entry in lost]
+    left += [(image, "uncaptioned image", why.get(image, "no caption"))
+             for image in images if image not in captions]
+    return captions, {*files, *texts}, left
 
 # a letter of a script without spaces: Thai, Lao, Myanmar, Khmer, kana, Han
 UNSPACED = (r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
@@ -1002,8 +1118,23 @@ def to_pixels(image, size, channels, crop, background):
     return np.asarray(image).reshape(size, size, channels)
 
 
+def why_unread(error, file):
+    """What a decoder says, without the file's name."""
+    reason = (getattr(error, "strerror", None) or str(error)).replace(f" {str(file)!r}", "")
+    return re.sub(r" ?<_io.BytesIO[^>]*>", "", reason) or type(error).__name__
+
+
+def oddities(image, side, size):
+    """What may surprise of a picture that was read."""
+    animated = False
+    with contextlib.suppress(Exception):  # what lies behind the first picture may be damaged
+        animated = image.format != "MPO" and image.is_animated
+    return ["animated"] * animated + ["enlarged"] * (2 * side < size)
+
+
 def decode(items, args):
-    """Worker: a list of Items -> a list of (pixels or None, name, label, captions, attributes, reason)."""
+    """Worker: a list of Items -> a list of (pixels or None, name, label, captions, attributes, and its
+    oddities or the reason why it is None)."""
     warnings.simplefilter("ignore")  # Pillow warns of half-bombs and odd EXIF; what matters raises
     results = []
     for name, payload, label, captions in items:
@@ -1020,11 +1151,10 @@ def decode(items, args):
                 image = open_picture(io.BytesIO(payload) if isinstance(payload, bytes) else payload)
             with image:
                 pixels = to_pixels(image, args.size, args.channels, args.crop, args.background)
-            results.append((pixels, name, label, captions, attributes, None))
+                odd = oddities(image, min(*image.size, args.crop or sys.maxsize), args.size)
+            results.append((pixels, name, label, captions, attributes, odd))
         except Exception as error:  # decoders of hostile files raise anything
-            reason = str(error).replace(repr(payload), "file") if isinstance(payload, str) else str(error)
-            reason = re.sub(r" ?<_io.BytesIO[^>]*>", "", reason) or type(error).__name__
-            results.append((None, name, label, None, None, reason))
+            results.append((None, name, label, None, None, why_unread(error, payload)))
     return results
 
 
@@ -1094,9 +1224,10 @@ def held_out(total, args):
 def write_images(results, total, folder, args, digest):
     """Append pictures to images.npy, or held_out_images.npy, as they come.
 
-    Returns [(label, line of captions.jsonl)] of the first, the same of the second, and what was skipped.
+    Returns [(label, line of captions.jsonl)] of the first, the same of the second, what was skipped, and how
+    many had which oddity.
     """
-    held, rows, skipped = held_out(total, args), ([], []), []
+    held, rows, skipped, odd = held_out(total, args), ([], []), [], Counter()
 
     def header(file, count):  # numpy pads its header so that the first axis can grow in place
         shape = (count, args.size, args.size, args.channels)
@@ -1115,6 +1246,7 @@ def write_images(results, total, folder, args, digest):
                     fail(f"{name!r}: {reason} (--strict)")
                 skipped.append({"file": name, "reason": reason})
                 continue
+            odd.update(reason)
             part = int(i in held)
             files[part].write(pixels.tobytes())
             if not part:
@@ -1129,7 +1261,7 @@ def write_images(results, total, folder, args, digest):
         for file in files:
             file.flush()
             os.fsync(file.fileno())
-    return *rows, skipped
+    return *rows, skipped, odd
 
 
 def write_arrays(results, total, left, folder, args, text_encoder):
@@ -1137,7 +1269,8 @@ def write_arrays(results, total, left, folder, args, text_encoder):
     digest, meta = hashlib.sha256(), left_out(left)
     if args.strict and meta["skipped"]:
         fail("{file!r}: {reason} (--strict)".format(**meta["skipped"][0]))
-    rows, held, skipped = write_images(results, total, folder, args, digest)
+    rows, held, skipped, meta["odd"] = write_images(results, total, folder, args, digest)
+    meta["left_out"] |= {"unreadable image": len(skipped)} if skipped else {}
     skipped = meta["skipped"] = meta["skipped"] + skipped
     if not rows or args.holdout and not held:
         kind = "image that is held out (--holdout)" if rows else "image"
@@ -1181,12 +1314,13 @@ def save_parts(folder, name, array, meta, digest):
 
 
 def left_out(left):
-    """meta.json's words on what the listing left out, [(name or None for what merely accompanies, label)]."""
-    named = [(name, label) for name, label in left if name is not None]
-    return {"left_out": Counter(label for _, label in named),
-            "other_files": Counter(label for name, label in left if name is None),
-            "skipped": [{"file": name, "reason": REASONS.get(label, f"{label} is not read")}
-                        for name, label in named[:MAX_NAMED]]}
+    """meta.json's words on what the listing left out, [(name or None for what merely accompanies, label, and
+    perhaps a reason)]."""
+    named = [entry for entry in left if entry[0] is not None]
+    return {"left_out": Counter(label for _, label, *_ in named),
+            "other_files": Counter(label for name, label, *_ in left if name is None),
+            "skipped": [{"file": name, "reason": (*why, REASONS.get(label, f"{label} is not read"))[0]}
+                        for name, label, *why in named[:MAX_NAMED]]}
 
 
 # ---- texts without images ----------------------------------------------------------------------------------
@@ -1211,6 +1345,8 @@ def read_texts(args):
             data = read_member(read, names[name])
             texts += lines_of(text_of(data)) if not name.lower().endswith(".jsonl") else [
                 text for _, told in json_lines(data) for text in told]
+            left += [(name, "null caption")] * texts.count(None)
+            texts = [text for text in texts if text is not None]
         except ValueError as error:
             fail(f"--root {root}: {name}: {error}")
 
@@ -1226,7 +1362,10 @@ def write_texts(args, folder):
     Ids: 0 padding, 1 <unk>, then the tokens by how often they occur.
     """
     texts, left = read_texts(args)
+    if len(texts) < (args.num or 0):
+        print(f"note: {len(texts):,} of the {args.num:,} that --num asks for")
     split = [tuple(words_of(text) if args.level == "word" else text) for text in texts]
+    left += [(text, "wordless text") for text, tokens in zip(texts, split) if not tokens]
     longest = max(map(len, split), default=0)
     length = args.length or min(longest, MAX_WORDS if args.level == "word" else 4 * MAX_WORDS)
     cut, split = sum(len(text) > length for text in split), [text[:length] for text in split if text]
@@ -1449,7 +1588,7 @@ def main():
     except OSError as error:  # a full disk, a folder that may not be written
         if not there and os.path.exists(out / "meta.json"):
             fail(f"--out {out} was made by another process meanwhile: call again to compare the options")
-        fail(f"{error.strerror or error}: {error.filename or out}", status=1)
+        fail(f"{error.strerror or error}: {error.filename or out}", status_of(error))
     except MemoryError as error:
         fail(f"not enough memory ({error})", status=1)
 
@@ -1457,24 +1596,37 @@ def main():
 def report(args, meta):
     """What was made, and what was left out of it."""
     text, skipped = args.source == "text", meta["skipped"]
-    for entry in skipped[:5]:
+    first = {entry["reason"]: entry for entry in reversed(skipped)}  # each reason once, then others
+    for entry in [*reversed(first.values()), *(e for e in skipped if e is not first[e["reason"]])][:5]:
         print(f"skipped {entry['file']!r}: {entry['reason']}")
-    left = meta["left_out"] | (meta["other_files"] if text else {})
-    if left:
-        counts = [f"{n:,} {label}{'s' * (n > 1 and label[0] != '.')}" for label, n in left.items()]
-        print(f"left out: {', '.join(counts)}")
+    for said, counts in (("left out", meta["left_out"]), ("beside them, not read", meta["other_files"])):
+        several = [f"{n:,} {what}" if what[0] == "." else plural(n, what) for what, n in counts.items()]
+        if several:
+            print(f"{said}: {', '.join(several)}")
+    for odd, what in {"animated": "animated: the first frame was taken",
+                      "enlarged": f"smaller than half of --size {args.size}: enlarged"}.items():
+        if meta.get("odd", {}).get(odd):
+            print(f"note: {meta['odd'][odd]:,} {what}")
+    for name in ("max_words", "text_encoder"):
+        if getattr(args, name) and not meta["vocabulary"]:
+            print(f"note: {flag(name)} has no effect: there are no captions")
+    if not text and meta["count"] < (args.num or 0):
+        print(f"note: {meta['count']:,} of the {args.num:,} that --num asks for")
     if meta.get("rare"):
-        print(f"{meta['rare']:,} rarer words are <unk>: the vocabulary holds {MAX_VOCABULARY:,}")
-    what = f"images of {args.size}×{args.size}×{args.channels}"
+        print(f"{plural(meta['rare'], 'rarer word')} became <unk>: the vocabulary holds {MAX_VOCABULARY:,}")
     if text:
-        what = (f"texts of {meta['length']} tokens out of {len(meta['vocabulary'])}, {meta['held_out']} "
-                f"others held out; {meta['cut']} were cut")
-    elif meta.get("cut"):
-        print(f"{meta['cut']:,} captions were cut to {args.max_words or MAX_WORDS} words (--max-words)")
+        what = (f"{plural(meta['count'], 'text')} of {meta['length']} tokens out of "
+                f"{len(meta['vocabulary'])}, {meta['held_out']} others held out; {meta['cut']} cut")
+    else:
+        what = f"{plural(meta['count'], 'image')} of {args.size}×{args.size}×{args.channels}"
+        if meta.get("cut"):
+            limit = args.max_words or MAX_WORDS
+            print(f"{plural(meta['cut'], 'caption')} cut to {limit} words (--max-words)")
     what += f", {len(meta['classes'])} classes" if meta["classes"] else ""
     what += f", {meta['held_out']} others held out" if args.holdout else ""
-    what += f", {len(skipped)} skipped (named in meta.json)" if skipped else ""
-    print(f"{args.out}: {meta['count']} {what}")
+    count = sum(meta["left_out"].values())
+    what += f", {count:,} skipped (named in meta.json)" if count else ""
+    print(f"{args.out}: {what}")
 
 
 if __name__ == "__main__":

@@ -100,9 +100,14 @@ case ${prepare[0]-} in folder | coco)
 esac
 [ "${prepare[0]-}" != coco ] || [ -n "${CAPTIONS-}" ] ||
     mistake "CAPTIONS is missing: CAPTIONS=captions_train2017.json ROOT=train2017 bash run_all.sh $recipe"
+[ -z "${ROOT-}" ] || [ "${prepare[0]-}" != shapes ] ||
+    mistake "ROOT is set, and $recipe draws its own images: did you mean ROOT=$ROOT bash run_all.sh folder?"
+case ${prepare[0]-} in folder | coco | '') ;; *)
+    [ -z "${CAPTIONS-}" ] || mistake "CAPTIONS is set, and $recipe takes none: unset it, or take folder or coco32" ;;
+esac
 [ "$recipe" = captions ] && [ -z "${ROOT-}" ] && shapes=data/shapes || shapes=''
 [ -z "$shapes" ] || ROOT=$shapes/captions.jsonl
-[ -z "${ROOT-}" ] || [ "${prepare[0]-}" = shapes ] || prepare+=(--root "$ROOT")
+[ -z "${ROOT-}" ] || prepare+=(--root "$ROOT")
 call="$recipe ${prepare[*]-} $*"
 
 if [ -f "$run/generator.pt" ] && [ -f "$run/report.html" ] && [ "$run/done" -nt "$run/generator.pt" ] &&
@@ -141,6 +146,17 @@ if [ "$recipe" = tests ]; then
     fi
     exec "$python" -m pytest tests "$@"
 fi
+
+# a mistaken option of train.py shows before the data are prepared
+said=$("$python" -c 'import sys
+sys.path.insert(0, sys.argv[1])
+import train
+sys.argv[0] = "train.py"
+train.parse_args(sys.argv[2:])' "$here" --data "$data" --out "$run" "${train[@]}" -- "$@" 2>&1) || {
+    status=$?
+    tail -n 1 <<<"$said" >&2
+    exit "$status"
+}
 
 mkdir -p "$run"
 exec 9>>"$run/run_all.lock"
@@ -184,11 +200,13 @@ stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 [ "$recipe" = captions ] || {
     have=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["count"])' "$data/meta.json")
+    [ "$have" != 1 ] || mistake "$data holds 1 image: the generated ones are scored against 2 or more"
     [ "$have" -ge 2048 ] || [ "${#real[@]}" = 0 ] || {
-        say "run_all.sh: $data has $have images: the generated ones are scored against all of them"
+        say "run_all.sh: $data has $have images, not 2048: the generated ones are scored against these"
         real=()
     }
     [ "$recipe" != folder ] || [ "$have" -ge 64 ] || [ "$have" -lt 1 ] || {  # one batch, for one process
+        [[ " $*" == *" --batch-size"* ]] || say "run_all.sh: the batch is all $have of them, not 64"
         train+=(--batch-size "$have")
         gpus=1
     }

@@ -27,8 +27,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from prepare_data import (Data, Parser, fail, find_device, flag, leave, lines_of, load_text_encoder,
-                          on_signals, read_json, steady_output, whole_file, within, words_of, write_text)
+from prepare_data import (EXTENSIONS, Data, Parser, fail, find_device, flag, leave, lines_of,
+                          load_text_encoder, on_signals, plural, read_json, status_of, steady_output,
+                          whole_file, within, words_of, write_text)
 from train import latents, load_generator, make_grid, to_pixels, to_texts
 
 BLOCK = 64  # images a pass, always: another number would round the last bits another way
@@ -44,7 +45,8 @@ def parse_args(argv=None):
         "(default: RUN/images); of texts, a file ending in .txt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add = parser.group("images")
-    add("--num", type=within(0, 10 ** 8, int), default=64, help="how many images")
+    add("--num", type=within(0, 10 ** 8, int), help="how many images (default: a caption each, where they "
+        "are named, else 64)")
     add("--seed", type=within(0, 2 ** 63, int), default=0, help="which images")
     add("--labels", help="classes to draw in turn, by name or number, separated by commas (default: as often "
         "as in the training data)")
@@ -70,9 +72,34 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.run and not args.film:
         fail("--run is missing: the folder of a run")
+    args.told = [(text, "--text") for text in args.text] + lines_told(args.text_file)
+    if args.num is None:
+        args.num = len(args.told) or 64
     if args.grid == 0:
         args.grid = min(64, args.num or 64)
     return args
+
+
+def lines_told(file):
+    """[(text, where it stands)] of the lines of --text-file that are not empty."""
+    if file is None:
+        return []
+    try:
+        data = Path(file).read_bytes()
+        lines = lines_of(data.decode("utf-8-sig"))
+    except OSError as error:
+        fail(f"--text-file {file}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        fail(f"--text-file {file}: line {line} is not UTF-8 text")
+    told = [(line, f"--text-file {file}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    return told or fail(f"--text-file {file}: no captions in it")
+
+
+def note_undrawn(num, count, what):
+    """Say what --num leaves out of what the call names."""
+    if 0 < num < count:
+        print(f"sample.py: --num {num} leaves out {count - num} of {count} {what}", file=sys.stderr)
 
 
 # ---- latents and conditions ------------------------------------------------------------------------------
@@ -93,12 +120,12 @@ def slerp(a, b, share):
 
 
 def parse_labels(text, classes):
-    """'red circle,3' -> [class numbers]; refuses what is not a class."""
-    numbers = []
+    """'red circle,3' -> [class numbers]; refuses what is not a class. Numbers that are names are names."""
+    numbers, named = [], any(name.isdecimal() for name in classes)
     for word in (w.strip() for w in text.split(",")):
         if word in classes:
             numbers.append(classes.index(word))
-        elif word.isdecimal() and int(word) < len(classes):
+        elif word.isdecimal() and int(word) < len(classes) and not named:
             numbers.append(int(word))
         else:
             fail(f"--labels {word}: not one of the {len(classes)} classes ({', '.join(classes[:30])}"
@@ -106,9 +133,10 @@ def parse_labels(text, classes):
     return numbers
 
 
-def label_conditions(seed, saved, labels):
+def label_conditions(args, saved):
     """(numbers of images -> tensor of their classes, number -> what to note of that image)."""
-    asked = parse_labels(labels, saved["classes"]) if labels is not None else None
+    seed, asked = args.seed, parse_labels(args.labels, saved["classes"]) if args.labels is not None else []
+    note_undrawn(args.num, len(asked), "labels")
     share = np.cumsum(saved["class_counts"]) / np.sum(saved["class_counts"])
 
     def label(i):  # as often as in the training data
@@ -119,17 +147,10 @@ def label_conditions(seed, saved, labels):
             lambda i: {"label": saved["classes"][label(i)]})
 
 
-def given_captions(saved, texts, text_file):
+def given_captions(args, saved):
     """The same of the captions that the call names, in turn."""
-    if text_file:
-        try:
-            lines = lines_of(Path(text_file).read_bytes().decode("utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            fail(f"--text-file {text_file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
-        texts = texts + [line for line in lines if line.strip()]
-    if not texts or not all(text.strip() for text in texts):
-        fail("--text: an empty caption" if texts else f"--text-file {text_file}: no captions in it")
-    encoded = encode_texts(texts, saved)
+    texts, encoded = [text for text, _ in args.told], encode_texts(args.told, saved)
+    note_undrawn(args.num, len(texts), "captions")
     return (lambda numbers: encoded[[i % len(texts) for i in numbers]],
             lambda i: {"caption": texts[i % len(texts)]})
 
@@ -152,15 +173,18 @@ def captions_of_data(seed, saved, data, held_out):
             lambda i: {"row": place(i)[0], "caption": captions[place(i)[0]][place(i)[1]]})
 
 
-def encode_texts(texts, saved):
-    """Captions -> token ids (n, L), or their embeddings (n, d) where the generator was trained on those."""
+def encode_texts(told, saved):
+    """[(caption, where it stands)] -> token ids (n, L), or embeddings (n, d) where G was trained on those."""
+    texts = [text for text, _ in told]
+    if not all(text.strip() for text in texts):
+        fail("--text: an empty caption")
     if saved["text_encoder"]:
         return torch.from_numpy(load_text_encoder(saved["text_encoder"]).encode(texts)).float()
     index = {word: i for i, word in enumerate(saved["vocabulary"])}
     split = [words_of(text) for text in texts]
-    for text, words in zip(texts, split):
+    for (text, place), words in zip(told, split):
         if not any(word in index for word in words):
-            fail(f"--text {text!r}: no word of it is in the training captions")
+            fail(f"{place}: {text!r}: no word of it is in the training captions")
     unknown = sorted({word for words in split for word in words if word not in index})
     if unknown:
         print(f"sample.py: not in the training captions: {', '.join(unknown)}", file=sys.stderr)
@@ -173,8 +197,9 @@ def encode_texts(texts, saved):
 def find_conditions(args, saved, folder):
     """(numbers of images -> conditions or None, number -> what to note, DATA if that names its rows)."""
     kind = saved["model"]["condition"]
-    if (args.text or args.text_file) and kind not in ("text", "vector"):
-        fail("--text: this generator was trained without captions (train.py --condition text)")
+    if (args.told or args.data) and kind not in ("text", "vector"):
+        option = "--text" if args.text else "--text-file" if args.told else "--data"
+        fail(f"{option}: this generator was trained without captions (train.py --condition text)")
     if args.labels is not None and kind != "label":
         fail("--labels: this generator was trained without classes (train.py --condition label)")
     if args.held_out and kind not in ("text", "vector"):
@@ -182,9 +207,9 @@ def find_conditions(args, saved, folder):
     if kind == "none":
         return lambda numbers: None, lambda i: {}, None
     if kind == "label":
-        return *label_conditions(args.seed, saved, args.labels), None
-    if args.text or args.text_file:
-        return *given_captions(saved, args.text, args.text_file), None
+        return *label_conditions(args, saved), None
+    if args.told:
+        return *given_captions(args, saved), None
     data = data_of(args.data, folder)
     if data is None:
         fail("no captions to draw: name the training data with --data, or captions with --text")
@@ -232,8 +257,9 @@ class Written:
         for path in paths:
             for file in sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []:
                 if not self.holds(file):
-                    fail(f"{file} would be replaced, and is not as sample.py wrote it: move it away, or take "
-                         f"another --out")
+                    what = f"{path} would be replaced, and {file.name} in it" if file != path else (
+                        f"{file} would be replaced, and")
+                    fail(f"{what} is not as sample.py wrote it: move it away, or take another --out")
 
     def note(self, lines, instead_of=()):
         self.lines = self.lines.difference(instead_of).union(lines)
@@ -326,8 +352,8 @@ def write_film(run):
     """RUN/film.webp of the grids that train.py drew of the same latents, each with its step below."""
     files = sorted((run / "grids").glob("step_*.png"))
     if len(files) < 2:
-        fail(f"--film {run}: {len(files)} grids of images in {run / 'grids'}; train.py leaves one every "
-             f"--grid-every steps")
+        fail(f"--film {run}: {plural(len(files), 'grid')} of images in {run / 'grids'}; train.py leaves one "
+             f"every --grid-every steps")
     files = [files[round(i)] for i in np.linspace(0, len(files) - 1, min(len(files), FILM))]
     frames, (width, height) = [], Image.open(files[-1]).size
     size = width * max(1, 512 // width), height * max(1, 512 // width)
@@ -378,6 +404,10 @@ def write_pictures(args, generator, saved, digest, folder, device):
     conditions, note, data = find_conditions(args, saved, folder)  # a mistake shows before any work
     out = Path(args.out or folder / "images")
     out = out.resolve() if out.is_symlink() else out  # which stays one
+    odd = out.suffix.lower() in EXTENSIONS.union((".npy", ".txt", ".zip"))
+    odd = odd or out.is_file() and out.suffix != ".npz"
+    if odd or args.out is not None and Path.cwd().is_relative_to(os.path.realpath(args.out)):  # ., .., /, ""
+        fail(f"--out {args.out!r}: name a folder to make, or a file ending in .npz")
     if not out.parent.is_dir():
         fail(f"--out {out}: {out.parent} is not a folder")
     # beside images/, so that images/ holds nothing but PNGs
@@ -412,7 +442,7 @@ def write_pictures(args, generator, saved, digest, folder, device):
         write_images(out, blocks(), written)
         written.write(notes, "".join(json.dumps({"image": i} | note(i)) + "\n" for i in range(args.num)))
         written.write(record, json.dumps(request, indent=1) + "\n")
-        print(f"{out}: {args.num} images of step {saved['step']}")
+        print(f"{out}: {plural(args.num, 'image')} of step {saved['step']}")
     if args.grid:
         pixels = draw(latents_of(range(args.grid)), conditions(range(args.grid)))
         columns = min(math.ceil(math.sqrt(args.grid)), 32)
@@ -454,7 +484,7 @@ def main():
         else:
             write_pictures(args, generator, saved, digest, path.parent, device)
     except OSError as error:
-        sys.exit(f"sample.py: {error.strerror or error}: {error.filename or args.out or args.run}")
+        fail(f"{error.strerror or error}: {error.filename or args.out or args.run}", status_of(error))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ grids/. SIGINT, SIGTERM, SIGUSR1, SIGHUP finish the step, save and exit with 75;
 
 import contextlib
 import copy
-import errno
 import importlib.util
 import io
 import json
@@ -40,7 +39,8 @@ from torch import nn
 from tqdm import tqdm
 
 from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, in_a_line, lock,
-                          on_signals, read_lines, steady_output, whole_file, within, write_json, write_text)
+                          on_signals, read_lines, status_of, steady_output, whole_file, within, write_json,
+                          write_text)
 
 EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
@@ -1561,15 +1561,23 @@ class Watch:
         if run.args.fid_every:
             import evaluate  # here alone: who does not track FID needs none of it
             evaluate.find_weights()  # or one line why not, before any work
+        places = [run.out / "lock", run.out / "grids", run.out, *run.out.parents]
+        self.made = [place for place in places if not place.exists()]
         try:
-            (run.out / "grids").mkdir(parents=True, exist_ok=True)
+            run.out.mkdir(parents=True, exist_ok=True)
             self.lock = lock(run.out)  # for as long as this file is open
+            (run.out / "grids").mkdir(exist_ok=True)
         except OSError as error:
             fail(f"--out {run.out}: {error.strerror}")
         self.bar, self.trackers, self.grid_rows = tqdm(disable=True), None, ()
         self.began = self.logged = time.perf_counter()
         self.first_step, self.times = 0, []  # of this call; when the interval's steps began and ended
         self.recent = []  # lines of the last epoch
+
+    def withdraw(self):
+        """Leave nothing of a call that is refused."""
+        for place in self.made:
+            place.rmdir() if place.is_dir() else place.unlink()
 
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""
@@ -1578,6 +1586,7 @@ class Watch:
         with contextlib.suppress(OSError, ValueError):
             before = dict(json.loads((out / "config.json").read_text()))
         if there and not path and "run_id" not in before:
+            self.withdraw()
             fail(f"--out {out} holds {there[0].name}, which is of no run of train.py: choose another folder")
         run_id = before["run_id"] if path and "run_id" in before else os.urandom(16).hex()
         if not path:  # a fresh start leaves nothing of an earlier run
@@ -1605,7 +1614,7 @@ class Watch:
         self.first_step, self.logged = state.step, time.perf_counter()
         print(f"{out}: {run.args.arch} {'×'.join(str(n) for n in data.rows.shape[1:])}, "
               f"G {len(state.G.weights) / 1e6:.2f} M and D {len(state.D.weights) / 1e6:.2f} M parameters; "
-              f"{len(data.rows)} {data.unit}; steps {state.step} to {run.total} of {batch}; "
+              f"{len(data.rows)} {data.unit}; steps {state.step} to {run.total}, batch {batch}; "
               f"{run.device} × {run.world}, {'fp32' if run.amp == 'off' else run.amp}"
               + (f"; going on from {path}" if path else ""), flush=True)
         self.bar = tqdm(total=run.total * batch, initial=state.step * batch, unit=f" {data.unit}",
@@ -1853,6 +1862,8 @@ def make_run(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     data, kind, batch, parts = Data(args.data), ARCHITECTURES[args.arch][2], args.batch_size, args.grad_accum
+    if not args.out or os.path.realpath(args.out) == os.path.realpath(args.data):
+        fail(f"--out {args.out or 'is empty'}: name a folder for the run, another than --data")
     if not data.meta.get(kind.key):
         fitting = [name for name, entry in ARCHITECTURES.items() if data.meta.get(entry[2].key)]
         fail(f"--arch {args.arch}: {args.data} holds no {kind.unit}; it is for --arch {' or '.join(fitting)}")
@@ -1870,6 +1881,9 @@ def make_run(args):
         amp = "off"
     steps = len(data.rows) // batch
     left = max(args.epochs * steps - data.lead_in, 0) * batch
+    if args.warmup >= args.epochs * steps:
+        fail(f"--warmup {args.warmup}: --epochs {args.epochs} have only {args.epochs * steps} steps; lower "
+             "it or raise --epochs")
     if (args.burn_in or 0) > left:
         fail(f"--burn-in {args.burn_in:g}: --epochs {args.epochs} have only {left} {data.unit} for it; lower "
              f"it, raise --epochs, or leave it out")
@@ -1898,7 +1912,7 @@ def post_mortem(run, state):
                 write_torch(run.out / "error.pt", checkpoint(run, state))
         if isinstance(error, FloatingPointError):
             fail(str(error))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and status_of(error) == 1:
             fail(f"{error.strerror}: {error.filename or run.out}; the last checkpoint is whole", 1)
         if out_of_memory(error):
             more = ", --amp bf16" if run.amp == "off" else ""
@@ -1930,7 +1944,11 @@ def main():
             raise
         fail(f"networks of --width {args.width} do not fit into memory: take a smaller one")
     watch = Watch(run) if run.rank == 0 else Mute()
-    saved, path = run.on_first(find_checkpoint, run)  # RUN need not be visible on every node
+    try:
+        saved, path = run.on_first(find_checkpoint, run)  # RUN need not be visible on every node
+    except SystemExit:
+        watch.withdraw()
+        raise
     if saved is not None:
         state.load_state_dict(saved)
         state.meter.sums /= run.world

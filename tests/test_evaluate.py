@@ -323,6 +323,12 @@ def test_refusals(trained, tmp_path, capsys):
     refused("evaluate.py", "--run", trained, naming="sample.py")
     (tmp_path / "empty").mkdir()
     refused("evaluate.py", "--images", tmp_path / "empty", "--reference", tmp_path, naming=["--images", "empty"])
+    refused("evaluate.py", "--run", trained, "--out", tmp_path, naming="--out")
+    for name in ("1.png", "2.png"):
+        (tmp_path / "empty" / name).write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.pixels_at(evaluate.open_images("--images", tmp_path / "empty"), [1])
+    assert "2.png: cannot be read as an image (cannot identify image file)" in capsys.readouterr().err
     np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 3)))
     refused("evaluate.py", "--images", tmp_path / "float.npz", "--reference", tmp_path, naming=["float.npz", "float64"])
 
@@ -333,7 +339,7 @@ def test_statistics_and_counts_that_cannot_be_are_refused(shapes, tmp_path):
                             ("endless", np.zeros(2048), np.full((2048, 2048), np.inf))):
         np.savez(tmp_path / f"{name}.npz", mu=mu, sigma=sigma)
         refused("evaluate.py", "--images", images, "--reference", tmp_path / f"{name}.npz", naming=[f"{name}.npz", "2048"])
-    for count, options, naming in ((1, (), "only 1 images"), (3, ("--floor",), "--floor"), (3, ("--num-real", "4"), "--num-real 4")):
+    for count, options, naming in ((1, (), "only 1 image"), (3, ("--floor",), "--floor"), (3, ("--num-real", "4"), "--num-real 4")):
         data = tmp_path / f"{count}{len(options)}"
         call("prepare_data.py", "shapes", "--num", count, "--size", "8", "--out", data)
         refused("evaluate.py", "--images", images, "--data", data, *options, naming=naming)

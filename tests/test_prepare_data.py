@@ -1,5 +1,6 @@
 """prepare_data.py: any picture in, uint8 arrays out, and nothing else on the disk."""
 
+import errno
 import io
 import json
 import os
@@ -255,12 +256,19 @@ def test_a_full_disk_or_a_signal_leaves_nothing(tmp_path):
     command = ["shapes", "--size", "32", "--num", "100000", "--out", tmp_path / "out"]
     done = call("bash", "-c", 'ulimit -f 200; exec "$@"', "-", sys.executable, ROOT / "prepare_data.py", *command, status=1)
     assert done.stderr.strip() == f"prepare_data.py: File too large: {tmp_path / 'out'}"
-    process = subprocess.Popen([sys.executable, str(ROOT / "prepare_data.py"), *map(str, command)])
+    process = subprocess.Popen([sys.executable, str(ROOT / "prepare_data.py"), *map(str, command)],
+                               stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("out.*.partial")):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert process.stderr.read().strip().endswith("prepare_data.py: SIGTERM: what was half done is dropped")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_is_the_users_to_mend_and_a_disk_is_not():
+    for number, status in ((errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1), (errno.EIO, 1)):
+        assert prepare_data.status_of(OSError(number, "")) == status
 
 
 def test_downloads_say_what_failed(tmp_path):
@@ -488,34 +496,45 @@ def made(tmp_path):
     return make
 
 
+def paired(images, *entries, folder=""):
+    """Of a list in one folder, each entry its own caption."""
+    return prepare_data.pair({folder: {entry: [entry] for entry in entries}}, images)
+
+
 def test_captions_go_to_the_image_that_they_name(made, tmp_path):
     _, said, out = made({"a/1.png": "red", "b/1.png": "blue", "a/captions.jsonl": lines(**{"1_png": "red"}),
                          "b/captions.jsonl": [{"file": ".\\1.png", "captions": ["blue", None]},
                                               {"file": "./1.png", "captions": "and blue"},
                                               {"file": "gone.png", "captions": "x"}]})
     assert told(out) == [("red", ["red"]), ("blue", ["blue", "and blue"])]
-    assert "captions: 3 from" in said and "1.5 an image" in said and "1 of the images that it names" in said
+    assert "captions: 3 from" in said and "1.5 an image" in said and "1 null caption, 1 unmatched caption" in said
     # a wrapping folder on either side, where file names alone would not do
     for entries, images in ((("a/1.png", "b/1.png"), ("w/a/1.png", "w/b/1.png", "w/c/1.png")),
                             (("x/w/a/1.png", "x/w/b/1.png", "x/w/c/1.png"), ("a/1.png", "b/1.png")),
                             (("caf\u00e9/1.png", "b/1.png"), ("cafe\u0301/1.png", "b/1.png"))):
-        pairs, by_name = prepare_data.pair(dict.fromkeys(map(prepare_data.normal, entries)), images)
-        assert by_name == 0 and len(pairs) == 2
-        assert all(prepare_data.normal(image).endswith(entry[-7:]) for entry, image in pairs.items())
-    folder = [f"a/{i}.png" for i in range(4)]  # what is said exactly is not reinterpreted to find more
-    found, by_name = prepare_data.pair(folder, ["0.png", "1.png", "2.png", "3.png", *folder[:2]])
-    assert found["a/0.png"] == "a/0.png" and by_name == 2 and found["a/3.png"] == "3.png"
-    # a file name counts where it is unique on both sides; an image with its path in the list takes no other's
-    assert prepare_data.pair(["x/1.png"], ["a/1.png", "a/2.png"]) == ({"x/1.png": "a/1.png"}, 1)
-    with pytest.raises(ValueError):  # training images are not those of validation
-        prepare_data.pair(["train/a/1.png", "train/b/1.png"], ["val/a/1.png", "val/b/1.png"])
-    assert prepare_data.pair(["1.png"], ["1.png", "sub/1.png"]) == ({"1.png": "1.png"}, 0)
-    assert prepare_data.pair(["a/1.png", "b/1.png", "b/2.png"], ["a/1.png"])[0] == {"a/1.png": "a/1.png"}
+        captions, lost, alone = paired(images, *map(prepare_data.normal, entries))
+        assert not alone and len(captions) == 2
+        assert all(prepare_data.normal(image).endswith(entry[0][-7:]) for image, entry in captions.items())
+    for entries, images, expected in (
+            ("1.png", "1.png sub/1.png", {"1.png": "1.png"}),  # an image with its path in the list takes no other's
+            ("a/1.png b/1.png b/2.png", "a/1.png", {"a/1.png": "a/1.png"}),
+            ("a/0.png a/1.png 2.png x/3.png", "a/0.png 2.png 3.png", {"a/0.png": "a/0.png", "2.png": "2.png"}),
+            # a name alone: of an entry without folders, or where no path of the list was found
+            ("a/1.png 2.png", "a/1.png c/2.png", {"a/1.png": "a/1.png", "c/2.png": "2.png"}),
+            ("a/1.png 2.png z/2.png", "a/1.png c/2.png", {"a/1.png": "a/1.png"}),
+            ("x/1.png", "a/1.png a/2.png", {"a/1.png": "x/1.png"}),
+            ("/data/imgs/3.png /data/4.png", "b/3.png", {"b/3.png": "/data/imgs/3.png"})):
+        entries = entries.split()
+        captions, lost, alone = paired(images.split(), *entries)
+        assert captions == {image: [entry] for image, entry in expected.items()}
+        assert sorted(lost) == sorted(entry for entry in entries if [entry] not in captions.values())
+        assert all(os.path.basename(entry) == os.path.basename(image) for entry, image in alone)
     for entries, images, two in ((["1.png"], ["a/1.png", "b/1.png"], ["'a/1.png'", "'b/1.png'"]),
                                  (["a/1.png", "b/1.png"], ["1.png"], ["'a/1.png'", "'b/1.png'"]),
+                                 (["train/a/1.png", "train/b/1.png"], ["val/a/1.png", "val/b/1.png"], []),
                                  (["1.png"], ["caf\u00e9.png", "cafe\u0301.png"], ["spelled twice"])):
         with pytest.raises(ValueError) as error:
-            prepare_data.pair(entries, images)
+            paired(images, *entries)
         assert all(words in str(error.value) for words in two)
     # one folder up, for several sets: paths from the captions' file, named by hand
     put(tmp_path, {"sets/c.jsonl": lines(faces__1_png="a face", flowers__1_png="a flower"), "sets/faces/1.png": "red"})
@@ -526,6 +545,94 @@ def test_captions_go_to_the_image_that_they_name(made, tmp_path):
     # .txt of two images of the same name
     put(tmp_path, {"two/1.png": "red", "two/1.bmp": picture("red", "BMP"), "two/1.txt": "which?"})
     refuse("folder", "--root", tmp_path / "two", "--out", tmp_path / "x", naming=["1.txt", "1.png", "1.bmp"])
+
+
+def test_captions_do_not_stray(made, tmp_path):
+    """Into another folder, by a name that a path contradicts; what goes by its name alone is said."""
+    files = {"a/1.png": "red", "b/2.png": "blue", "b/3.png": "white", "a/captions.jsonl": lines(**{"1_png": "a red"})}
+    for lost in ("1.png", "z/1.png", "../../x/1.png", "/data/imgs/1.png"):
+        meta, said, out = made(files | {"b/captions.jsonl": [{"file": lost, "captions": ["lost"]}] + lines(
+            **{"2_png": "a blue", "3_png": "a white"})})
+        assert told(out) == [("red", ["a red"]), ("blue", ["a blue"]), ("white", ["a white"])]
+        assert "file name alone" not in said and meta["left_out"] == {"unmatched caption": 1}
+        assert meta["skipped"][0]["reason"] == "the image of a caption is not there"
+    strict = ("folder", "--root", tmp_path / "src", "--out", tmp_path / "x", "--strict")
+    refuse(*strict, naming=["is not there", "--strict"])
+    put(tmp_path, {"src/a/captions.jsonl": [], "src/b/captions.jsonl": [], "src/captions.jsonl": [
+        {"file": f"/data/imgs/{i}.png", "captions": f"number {i}"} for i in (1, 2, 3)]})
+    _, said, out = made({})
+    assert [texts for _, texts in told(out)] == [["number 1"], ["number 2"], ["number 3"]]
+    assert "3 images found by file name alone, such as 'data/imgs/1.png' for 'a/1.png'" in said
+    refuse(*strict, naming=["3 images found by file name alone", "--strict"])
+    # a list in a folder of its own may name images by their path
+    put(tmp_path, {"two/images/1.png": "red", "two/lists/captions.jsonl": [{"file": "../images/1.png", "captions": "x"}]})
+    assert told(made({}, root="two")[2]) == [("red", ["x"])]
+
+
+def test_every_kind_of_caption_is_used_or_said(made, tmp_path):
+    files = {f"{i}.png": "red" for i in range(5)} | {
+        "metadata.jsonl": [{"file_name": "0.png", "text": "nought"}, {"file_name": "1.png", "caption": ["one", "one", "!!!"]}],
+        "captions.jsonl": [{"file": "2.png", "captions": ["two", None]}], "3.txt": "three", "2.txt": "not this",
+        "4.txt": "0 0.5 0.5 0.2", "x.csv": "0.png,nought"}
+    meta, said, out = made(files)
+    assert captions_of(out) == [["nought"], ["one"], ["two"], ["three"]]
+    assert "captions: 4 from" in said and "and 1 more and 1 .txt" in said
+    assert "beside them, not read: 2 .txt, 1 .csv" in said
+    assert meta["left_out"] == {"null caption": 1, "wordless caption": 1, "uncaptioned image": 1}
+    assert meta["skipped"][-1] == {"file": "4.png", "reason": "4.txt holds numbers, no caption"}
+    for name in ("captions.jsonl", "3.txt"):
+        (tmp_path / "src" / name).unlink()
+    _, said, _ = made({"metadata.jsonl": [{"file_name": "0.png", "label": 3}]})
+    assert "captions: none" in said, "metadata need not hold captions"
+    _, said, _ = made({"metadata.jsonl": [{"file_name": "a/0.PNG", "text": "x"}, {"file_name": "a/7.png", "text": "y"}]})
+    assert "captions: none" in said and "only 1 of 5" in said
+    (tmp_path / "src" / "2.txt").unlink()
+    _, said, _ = made({"metadata.jsonl": [{"file_name": "0.JPG", "text": "x"}]})
+    assert "0 of 5" in said and "'0.JPG' and the image '0.png' differ in folder, case or ending" in said
+    refuse("folder", "--root", tmp_path / "src", "--captions", "inside", "--out", tmp_path / "x", naming=["0.JPG", "0.png"])
+
+
+def test_options_without_effect_are_said(made, tmp_path):
+    _, said, _ = made({"a/1.png": "red", "2.png": "red"}, "--num", "9", "--max-words", "3")
+    assert "note: --max-words has no effect" in said and "note: 2 of the 9 that --num asks for" in said
+    refuse("folder", "--root", tmp_path / "src", "--classes", "folders", "--out", tmp_path / "x", naming="--classes folders")
+
+
+def test_links_in_archives(tmp_path):
+    """A .zip's and a .tar's are alike: to a file it is that file, to anything else it is said to be a link."""
+    links = {"a/link.png": "../b/1.png", "again.png": "a/link.png", "self.png": "self.png", "one.png": "two.png",
+             "two.png": "one.png", "folder.png": "b", "gone.png": "nowhere.png", "out.png": "/etc/passwd"}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed, tarfile.open(tmp_path / "a.tar", "w") as tar:
+        packed.writestr("b/1.png", picture("red"))
+        tar.addfile(*tar_member("b/1.png", tarfile.REGTYPE, data=picture("red")))
+        for name, target in links.items():
+            member = zipfile.ZipInfo(name)
+            member.external_attr = 0o120777 << 16
+            packed.writestr(member, target)
+            tar.addfile(*tar_member(name, tarfile.SYMTYPE, target))
+    for kind in ("zip", "tar"):
+        prepare("folder", "--root", tmp_path / f"a.{kind}", "--out", tmp_path / kind, "--size", "8",
+                "--classes", "none")
+        images, meta = read(tmp_path / kind)
+        assert images[:, 4, 4].tolist() == [[255, 0, 0]] * 3 and meta["left_out"] == {"link": 6}
+        reasons = {entry["file"]: entry["reason"] for entry in meta["skipped"]}
+        assert reasons == {**dict.fromkeys(("self.png", "one.png", "two.png"), "a link to itself"),
+                           "folder.png": "a link to 'b', a folder",
+                           "gone.png": "a link to 'nowhere.png', which is not there",
+                           "out.png": "a link to '/etc/passwd', which is not there"}
+
+
+def test_what_may_surprise_of_a_picture_is_said(made):
+    frames = io.BytesIO()
+    Image.new("L", (16, 16), 9).save(frames, "GIF", save_all=True, append_images=[Image.new("L", (16, 16), 99)] * 2)
+    small = io.BytesIO()
+    Image.new("RGB", (3, 9)).save(small, "PNG")
+    meta, said, _ = made({"1.gif": frames.getvalue(), "2.png": small.getvalue(), "3.png": "red", "4.png": b"no", "5.png": b"no",
+                          "6.png": b"", "7.heic": b"x"})
+    assert meta["odd"] == {"animated": 1, "enlarged": 1} and "note: 1 animated: the first" in said and "note: 1 smaller" in said
+    assert meta["left_out"] == {".heic": 1, "unreadable image": 3} and "3 unreadable images" in said and "4 skipped" in said
+    reasons = [line.split(": ", 1)[1] for line in said.splitlines() if line.startswith("skipped")]
+    assert reasons[:2] == [".heic is not read", "cannot identify image file"], "each reason once, then the others"
 
 
 def test_an_archive_that_names_twice(tmp_path):
@@ -553,7 +660,7 @@ def test_coco_ids_and_nulls(made, tmp_path):
             {"image_id": i, "caption": c, "id": n} for n, i, c in annotations]})
     files = {"train/1.png": "red", "val/1.png": "blue", "val/2.png": "green", "/c.json": content(
         [(1, "train/1.png"), (2, "val\\1.png"), (3, "val/2.png")],
-        [(7, 1, "a red"), (8, 2, " blue "), (9, 3, None), (10, 1, "red again")])}
+        [(7, "1", "a red"), (8, 2, " blue "), (9, 3, None), (10, 1, "red again")])}
     meta, said, out = made(files, "--captions", tmp_path / "c.json", source="coco")
     assert told(out) == [("red", ["a red", "red again"]), ("blue", ["blue"])]
     assert {s["file"]: s["reason"] for s in meta["skipped"]} == {
@@ -562,7 +669,8 @@ def test_coco_ids_and_nulls(made, tmp_path):
     refuse(*command, "--strict", naming="annotation 9")
     for images, annotations, naming in (
             ([(1, "1.png"), (1, "2.png")], [], ["image 1 ", "'1.png'", "'2.png'"]),
-            ([(1, "val/1.png"), (2, "./val/1.png")], [], ["image 2 ", "val/1.png"]),
+            ([(1, "val/1.png"), (2, "./val/1.png")], [], ["image 1 and image 2", "val/1.png"]),
+            ([(1, "val/1.png")], [], ["no captions in its annotations"]),
             ([(1, "val/1.png")], [(5, 99, "x")], ["annotation 5, of image 99", "no such image"]),
             ([(1, "val/1.png")], [(5, 1, 12)], ["not as COCO's captions are"]),
             ([(1, "1.png")], [(5, 1, "x")], ["'train/1.png'", "'val/1.png'"])):
@@ -588,7 +696,8 @@ def test_what_is_left_out_is_counted(made, tmp_path):
     assert meta["other_files"] == {"._*": 1, ".txt": 1, ".csv": 1, ".db": 1, ".ds_store": 1, "license": 1}
     assert {s["file"] for s in meta["skipped"]} == {"6.heic", "7.heic", "8", "9.zip", ".10.png", ".git", "DATA", "again",
                                                     "loop", "broken.png", "self.png", "pipe.png"}
-    assert "left out: " in said and "2 .heic" in said and "2 repeated folders" in said and ".txt" not in said
+    assert "left out: " in said and "2 .heic" in said and "2 repeated folders" in said
+    assert "1 .txt" in said.split("beside them, not read: ")[1]
     refuse("folder", "--root", tmp_path / "src", "--out", tmp_path / "x", "--strict", naming="--strict")
     refuse("text", "--root", tmp_path / "src" / "pipe.png", "--out", tmp_path / "x", naming="pipe")
 
@@ -658,6 +767,8 @@ def test_captions_and_classes_that_nobody_meant(made, tmp_path):
     meta, said, _ = made({f"{i}.txt": f"{i} red dogs" for i in range(4)})
     assert meta["count"] == 4 and "captions: 4 from the .txt beside" in said and meta["left_out"] == {"uncaptioned image": 2}
     assert made({}, "--captions", "none")[0]["count"] == 6
+    for i in range(4):
+        (tmp_path / "src" / f"{i}.txt").unlink()
     few = made({"captions.jsonl": lines(**{"1_png": "one"})})
     assert few[0]["count"] == 6 and "only 1 of 6" in few[1]
     assert made({}, "--captions", "inside")[0]["count"] == 1
@@ -697,7 +808,7 @@ def test_encodings_and_ends_of_lines(made, tmp_path):
     odd = ["a\u2028b", "c\u0085d", "e\x0cf", "g\x1eh"]
     data = "".join(json.dumps({"captions": [x]}, ensure_ascii=False) + "\r\n" for x in odd).encode()
     assert [texts for _, texts in prepare_data.json_lines(b"\xef\xbb\xbf" + data + b"\n\xef\xbb\xbf" + data)] == [[x] for x in odd] * 2
-    for line in ('{"captions": 5}', '{"captions": [["x"]]}', '{"caption": "x"}', '"x"', "[" * 5000, "{not"):
+    for line in ('{"captions": 5}', '{"captions": [["x"]]}', '{"file": "x"}', '"x"', "[" * 5000, "{not"):
         with pytest.raises(ValueError, match="line 2 is not like"):
             list(prepare_data.json_lines(f'{{"captions": null}}\n{line}'.encode()))
     photos = {f"{i}.png": "red" for i in range(3)}
@@ -706,7 +817,7 @@ def test_encodings_and_ends_of_lines(made, tmp_path):
     refuse("folder", "--root", tmp_path / "src", "--out", tmp_path / "x", naming=["1.txt", "line 1 is not UTF-8"])
     assert "".join(captions_of(made({"1.txt": "eine Stra\u00dfe".encode("utf-16")})[2])[1]) == "eine Stra\u00dfe"
     meta, said, _ = made({"0.txt": " ".join(f"w{i}" for i in range(60))}, "--max-words", "40")
-    assert meta["cut"] == 1 and "1 captions were cut to 40 words" in said and np.load(tmp_path / "d1/tokens.npy").shape[2] == 40
+    assert meta["cut"] == 1 and "1 caption cut to 40 words" in said and np.load(tmp_path / "d1/tokens.npy").shape[2] == 40
     assert "word" not in made({"0.txt": "short"})[1]
 
 
@@ -716,6 +827,11 @@ def test_texts_say_what_they_lose(made, tmp_path, monkeypatch):
                          source="text")
     assert "--level char" in said and meta["count"] == 36 and "1 .csv" in said and meta["left_out"] == {"hidden folder": 1}
     assert "--level char" not in made({}, "--level", "char", source="text")[1]
+    (tmp_path / "src" / "b.jsonl").write_text('{"text": ["!!!", null, "\U0001f431"]}\n')
+    meta, said, _ = made({}, "--num", "99", source="text")
+    assert meta["left_out"] == {"hidden folder": 1, "null caption": 1, "wordless text": 2} and meta["count"] == 36
+    assert "1 null caption, 2 wordless texts" in said and "note: 42 of the 99 that --num asks for" in said
+    (tmp_path / "src" / "b.jsonl").unlink()
     (tmp_path / "src" / "a.TXT").write_bytes(b"caf\xe9\n")
     refuse("text", "--root", tmp_path / "src", "--out", tmp_path / "x", naming=["a.TXT", "line 1 is not UTF-8 text"])
     put(tmp_path, {"t.jsonl": [{"captions": [None, f"cafe\u0301 {i}"]} for i in range(30)]})

@@ -73,6 +73,14 @@ def test_text(captioned, tmp_path):
     call("sample.py", "--run", captioned, "--num", "4", "--text", told[1], "--out", tmp_path / "b.npz")
     a, b = (np.load(tmp_path / name)["images"] for name in ("a.npz", "b.npz"))
     assert np.array_equal(a[1::2], b[1::2]) and not np.array_equal(a[0], b[0])
+    call("sample.py", "--run", captioned, "--text", told[0], "--text", told[1], "--out", tmp_path / "all.npz")
+    assert len(np.load(tmp_path / "all.npz")["images"]) == 2, "each caption once"
+    warned = call("sample.py", "--run", captioned, "--num", "1", "--text", told[0], "--text", told[1], "--out", tmp_path / "c.npz")
+    assert warned.stderr.strip() == "sample.py: --num 1 leaves out 1 of 2 captions"
+    (tmp_path / "lines.txt").write_text(f"{told[1]}\n\nzyx\n")
+    refused("sample.py", "--run", captioned, "--text-file", tmp_path / "lines.txt", naming=["lines.txt, line 3", "zyx"])
+    (tmp_path / "lines.txt").write_bytes(b"a red circle\ncaf\xe9\n")
+    refused("sample.py", "--run", captioned, "--text-file", tmp_path / "lines.txt", naming=["lines.txt", "line 2 is not UTF-8"])
     warned = call("sample.py", "--run", captioned, "--num", "1", "--text", "a Purple cow", "--out", tmp_path / "c.npz")
     assert warned.stderr.strip() == "sample.py: not in the training captions: cow"
     refused("sample.py", "--run", captioned, "--text-file", tmp_path / "none.txt", naming="--text-file")
@@ -123,6 +131,12 @@ def test_labels(generator, tmp_path):
     refused("sample.py", "--run", generator, "--labels", "dragon", naming=["--labels", "dragon", "red circle"])
 
 
+def test_numbers_that_are_names():
+    assert sample.parse_labels("10, 0", ["0", "1", "10"]) == [2, 0] and sample.parse_labels("1", ["a", "b"]) == [1]
+    with pytest.raises(SystemExit):  # the third class, or one that is not there
+        sample.parse_labels("2", ["0", "1", "10"])
+
+
 def test_truncation_and_walk():
     z = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     cut = sample.truncated(z, 0.7)
@@ -145,6 +159,9 @@ def test_refusals(generator, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     refused("sample.py", "--run", generator, "--out", tmp_path / "mine", naming="--out")
     assert (tmp_path / "mine" / "thesis.txt").exists()
+    for out in (".", "..", "/", "", "x.png", "x.npy"):
+        refused("sample.py", "--run", generator, "--num", "2", "--out", out, naming="--out", cwd=tmp_path)
+    refused("sample.py", "--run", generator, "--num", "2", "--data", tmp_path, naming="--data")
     refused("sample.py", "--run", generator, "--num", "-1", naming="--num")
     refused("sample.py", "--run", generator, "--truncation", "0", naming="--truncation")
 

@@ -713,7 +713,16 @@ def test_refusals(shapes, trained, tmp_path, capsys):
     refused(*base, "--device", "cuda:0", LOCAL_WORLD_SIZE="2", naming="--device")
     refused(*base, "--device", "cuda:7", naming="--device")
     refused(*base, "--resume", tmp_path / "none.pt", naming="--resume")
-    assert not out.exists() or not (out / "checkpoint.pt").exists()
+    refused(*base, "--epochs", "2", "--batch-size", "64", "--warmup", "8", naming=["--warmup 8", "8 steps"])
+    for place in ("", shapes, f"{shapes}/."):
+        refused("train.py", "--data", shapes, "--out", place, naming="--out", cwd=tmp_path)
+    assert not out.exists(), "a refusal leaves nothing"
+    for name, content in (("log.jsonl", "mine"), ("lock", "a canal's")):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / name).write_text(content)
+        refused(*base, "--out", tmp_path / "mine", *TINY, naming=["--out", name])
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+        shutil.rmtree(tmp_path / "mine")
     other = tmp_path / "other"
     call("prepare_data.py", "shapes", "--out", other, "--size", "32", "--num", "64")
     run = shutil.copytree(trained, tmp_path / "run")
