@@ -30,8 +30,9 @@ prepare=() train=() count=2048 pictures=(--grid --interpolate 8) real=()
 r3gan=(--arch resnet --blocks 2 --width-max 768 --latent-dim 64 --loss relativistic --beta1 0 --beta2 0.9:0.99)
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
-                train=(--condition text --mismatch-weight 0.5 --width 64 --width-d 32 --extra-convs 1 --loss relativistic
-                       --lr-g 5e-4 --lr-d 5e-4 --beta1 0 --beta2 0.99 --epochs 20)
+                train=(--condition text --mismatch-weight 0.5 --arch sngan --width 32 --width-d 16
+                       --loss relativistic --r1 0.01 --r2 0.01 --lr-g 1e-3 --lr-d 1e-3 --beta1 0 --beta2 0.99
+                       --batch-size 32 --epochs 14 --ema-images 20000)
                 real=(--num-real 2048) ;;
     mnist)      prepare=(mnist --size 28)
                 train=(--batch-size 64 --epochs 25)
