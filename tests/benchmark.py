@@ -76,7 +76,7 @@ def networks(size=64, channels=3):
     return train.build_networks({
         "arch": "dcgan", "sizes": [size], "channels": channels, "width": 64, "width_d": 64, "extra_convs": 0,
         "norm_d": "batch", "depth": train.default_depth(size), "latent_dim": 100, "condition": "none", "known": 0,
-        "spectral_norm": False, "attention": False, "cond_augment": False})
+        "spectral_norm": False, "attention": False, "cond_augment": False, "blocks": None, "width_max": None})
 
 
 def tutorial(images, size=64, channels=3):
@@ -417,6 +417,8 @@ def main():
     parser.add_argument("--images", type=int, default=2048, help="images a folder in the row fid")
     parser.add_argument("--out", default="benchmark.json", help="where the figures go")
     args = parser.parse_args()
+    if args.rows == ["quality"] and not (args.fashion or args.emoji):
+        parser.error("--rows quality takes --fashion, --emoji or both")
     with tempfile.TemporaryDirectory() as work:
         table = rows(Path(work), args)
         result = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "python": platform.python_version(),
