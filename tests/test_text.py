@@ -62,7 +62,7 @@ def test_characters_captions_and_folders(tmp_path, data):
     (texts / "b.txt").write_text("a\ttext far\u00a0longer than all the others\n")
     said = call("prepare_data.py", "text", "--root", texts, "--level", "char", "--length", "5", "--out", tmp_path / "d").stdout
     meta, tokens, held_out = arrays(tmp_path / "d")
-    assert tokens.shape[1] == 5 and len(tokens) + len(held_out) == 41 and ", 1 cut" in said
+    assert tokens.shape[1] == 5 and len(tokens) + len(held_out) == 41 and "; 1 cut" in said
     assert {"N", "<", "7"} < set(meta["vocabulary"]) and all(c.isprintable() for c in meta["vocabulary"])
     back = train.to_texts(torch.from_numpy(np.concatenate([tokens, held_out])), meta)
     assert "a tex" in back and "Nr 7" in back and "7<b>" in back and "r" in meta["vocabulary"] and "f" not in meta["vocabulary"]
