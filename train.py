@@ -115,6 +115,8 @@ def parse_args(argv=None):
     add("--r1", type=course(0), metavar="START:END", help="weight of D's squared gradient at real images "
         "(default: 0.05 with relativistic, else 0)")
     add("--r2", type=course(0), metavar="START:END", help="the same at fakes")
+    add("--penalty-interval", type=count, metavar="STEPS", help="R1 and R2 in one of so many steps of D, so "
+        "many times as strong, which is cheaper (default: 1)")
     add("--gp", type=weight, metavar="WEIGHT", help="gradient penalty between real and fake (default: 10 "
         "with wgan-gp, else 0)")
     add("--feature-matching", type=weight, default=0.0, metavar="WEIGHT", help="G matches D's mean features")
@@ -184,6 +186,9 @@ def parse_args(argv=None):
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    if args.penalty_interval and not (args.r1 or args.r2):
+        parser.needless(args, "penalty_interval", "needs --r1 or --r2")
+    args.penalty_interval = args.penalty_interval or 1
     args.norm_d = args.norm_d or ("none" if args.r1 or args.r2 or args.gp else "batch")
     args.width_d = args.width_d or args.width
     for name in ("width", "width_d"):
@@ -481,8 +486,8 @@ class Generator(nn.Module):
         self.augment = nn.Linear(EMBEDDING, 2 * EMBEDDING) if m.cond_augment else None
         self.noise_dim = m.latent_dim + (EMBEDDING if m.cond_augment else 0)
         widths = widths_of(m.width, m, self.outer)[::-1]  # 64×64, width 64: 512, 256, 128, 64
-        base, inputs = m.sizes[-1] >> m.depth, m.latent_dim + (EMBEDDING if self.encode else 0)
-        self.stages = nn.ModuleList([self.first(inputs, widths[0], base, m.extra_convs)])
+        base, self.inputs = m.sizes[-1] >> m.depth, m.latent_dim + (EMBEDDING if self.encode else 0)
+        self.stages = nn.ModuleList([self.first(self.inputs, widths[0], base, m.extra_convs)])
         self.stages.extend(self.stage(a, b, m.extra_convs) for a, b in zip(widths, widths[1:]))
         # the last stage of each size
         self.ends = [(size // base).bit_length() - 1 - self.outer for size in m.sizes]
@@ -512,7 +517,7 @@ class Generator(nn.Module):
         level = len(self.heads) - 1 if dial is None else dial
         drawn, x, maps = math.ceil(level), z, []
         for i, stage in enumerate(self.stages[:self.ends[drawn] + 1]):
-            x = stage(x)
+            x = stage(x, z) if isinstance(stage, Modulated) else stage(x)
             if self.attend is not None and i == self.attended:
                 x = self.attend(x, words, mask)
             maps.append(x)
@@ -577,7 +582,7 @@ def dcgan_init(module):
     """Radford et al. 2016, as in pytorch/examples: convolutions N(0, 0.02), normalisations N(1, 0.02)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
+    elif isinstance(module, nn.BatchNorm2d) and module.affine:
         nn.init.normal_(module.weight, 1, 0.02)
 
 
@@ -621,15 +626,38 @@ class DCGANDiscriminator(Discriminator):
         return nn.Conv2d(width, 1, base, bias=False)
 
 
+class Modulation(nn.Module):
+    """Batch normalisation whose gain and bias come from z (Miyato & Koyama 2018, Brock et al. 2019)."""
+
+    def __init__(self, inputs, width):
+        super().__init__()
+        self.norm, self.gain_bias = nn.BatchNorm2d(width, affine=False), nn.Linear(inputs, 2 * width)
+        nn.init.normal_(self.gain_bias.weight, 0, 0.02)
+        nn.init.zeros_(self.gain_bias.bias)
+
+    def forward(self, x, z):
+        gain, bias = self.gain_bias(z)[:, :, None, None].chunk(2, 1)
+        return torch.addcmul(bias, self.norm(x), 1 + gain)
+
+
+class Modulated(nn.Sequential):
+    """Layers, of which some are told z: colours of a whole image need not pass through the feature maps."""
+
+    def forward(self, x, z):
+        for layer in self:
+            x = layer(x, z) if isinstance(layer, Modulation) else layer(x)
+        return x
+
+
 class SNGANGenerator(DCGANGenerator):
-    """After Miyato et al. 2018: convolutions at every resolution, the full one too; smoother and slower."""
+    """After Miyato et al. 2018: convolutions at every resolution, z and condition at each normalisation."""
     outer = False
 
     def stage(self, a, b, extra):
         layers = [nn.Upsample(scale_factor=2)]  # transposed convolutions leave their grid on flat colours
         for inputs in [a] + [b] * extra:
-            layers += [nn.Conv2d(inputs, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
-        return nn.Sequential(*layers)
+            layers += [nn.Conv2d(inputs, b, 3, 1, 1, bias=False), Modulation(self.inputs, b), nn.ReLU(True)]
+        return Modulated(*layers)
 
     def head(self, width, channels):
         return nn.Conv2d(width, channels, 3, 1, 1)
@@ -1236,6 +1264,7 @@ class Turn(NamedTuple):
     """What decides which operations a step is made of."""
     train_d: bool
     train_g: bool
+    penalise: bool  # D, by R1 and R2
     dial: float  # what the kind of data makes of it: of images, the size drawn
 
 
@@ -1277,8 +1306,10 @@ class Run:
             decay = between(args.ema, start)
         decay = min(decay, (1 + step) / (10 + step))  # short at first, to forget the first weights
         warm = min((step + 1) / args.warmup, 1) if args.warmup else 1
-        turn = Turn(step % args.d_interval == 0, (step + 1) % args.d_steps == 0, self.data.dial(self, step))
-        amounts = {"r1": r1, "r2": r2, "diffaug": diffaug}
+        turn = Turn(step % args.d_interval == 0, (step + 1) % args.d_steps == 0,
+                    step // args.d_interval % args.penalty_interval == 0, self.data.dial(self, step))
+        # lazy regularisation: Karras et al. 2020
+        amounts = {"r1": r1 * args.penalty_interval, "r2": r2 * args.penalty_interval, "diffaug": diffaug}
         return Now(lr_g * warm, lr_d * warm, beta2, 1 - decay, amounts, turn)
 
     def share_of_start(self, step):
@@ -1345,6 +1376,8 @@ def train_step(run, state, turn, batch, condition):
     changes from step to step: what does is in tensors, see prepare_step(), or in the turn.
     """
     G, D, amounts, meter = state.G.net, state.D.net, state.D.amounts, state.meter
+    if not turn.penalise:
+        amounts = {name: amount for name, amount in amounts.items() if name == "diffaug"}
     x = run.data.real(run, batch, turn.dial)
     z = torch.randn(len(x), G.noise_dim, device=run.device)
     wrong = another(condition) if run.args.mismatch_weight else (None, None)

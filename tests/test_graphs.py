@@ -46,7 +46,7 @@ def record(function):
 @pytest.mark.parametrize("options", [
     ("--lr-g", "1e-3:1e-4", "--warmup", "3", "--ema-images", "0:64"),
     ("--amp", "fp16", "--clip-grad", "1"),
-    ("--arch", "resnet", "--loss", "relativistic", "--r1", "1:0.1", "--r2", "0:1", "--diffaug", "0:0.9", "--flip", "--crop-shift", "0.1", "--jitter", "0.1"),
+    ("--arch", "resnet", "--loss", "relativistic", "--r1", "1:0.1", "--r2", "0:1", "--penalty-interval", "2", "--diffaug", "0:0.9", "--flip", "--crop-shift", "0.1", "--jitter", "0.1"),
     ("--arch", "upsample", "--spectral-norm", "--loss", "hinge"),
     ("--loss", "wgan-gp", "--d-steps", "2"),
     ("--grad-accum", "2", "--amp", "bf16"),
@@ -56,7 +56,8 @@ def record(function):
 def test_replayed_it_is_the_same_run(options, tmp_path):
     options = options if "--amp" in options else (*options, "--amp", "off")
     eager, replayed = trainer(tmp_path, *options), trainer(tmp_path, *options)
-    count, captured = 16 if "--d-steps" in options else 10, []
+    kinds = 2 if {"--d-steps", "--penalty-interval"} & {*options} else 1
+    count, captured = 4 + 6 * kinds, []
     step = train.graphed(train.train_step, aside=lambda call: call(), warm_up=2,
                          capture=lambda call: captured.append(call) or record(call))
     for t, way in ((eager, train.train_step), (replayed, step)):
@@ -64,7 +65,7 @@ def test_replayed_it_is_the_same_run(options, tmp_path):
         t.state.meter.read(t.run)  # a line of the log in between
         t.state.D.skips[2] = 0
         steps_of(t, 3, way)
-    assert len(captured) == (2 if "--d-steps" in options else 1), "once for each pair of who learns"
+    assert len(captured) == kinds, "once for each way of learning"
     for one, other in zip(tensors(eager.state.state_dict()), tensors(replayed.state.state_dict()), strict=True):
         assert torch.equal(one, other)
     assert eager.state.meter.sums[1].max() == 3 and floats(eager.state.G.net)[0].std() > 0

@@ -356,6 +356,21 @@ def test_all_that_may_change_does_so_together():
         [0.9, 1 - (0.9 - 0.4 * (1 + math.cos(0.9 * math.pi)) / 2), 0.1])
 
 
+def test_penalties_now_and_then(tmp_path):
+    """In one of so many steps of D, so many times as strong; in the others it learns as without them."""
+    turns = at(range(8), "--r1", "2", "--r2", "1", "--penalty-interval", "2", "--d-interval", "2")
+    assert [now.turn.penalise for now in turns if now.turn.train_d] == [True, False, True, False]
+    assert (turns[0].amounts["r1"], turns[0].amounts["r2"]) == (4, 2)
+
+    def weights(step, *options):
+        t = trainer(tmp_path, "--amp", "off", "--norm-d", "none", *options)
+        t.state.step = step
+        return steps_of(t, 1).state.D.weights
+    lazy = "--r1", "0.5", "--penalty-interval", "4"
+    assert torch.equal(weights(0, *lazy), weights(0, "--r1", "2")) and torch.equal(weights(1, *lazy), weights(1))
+    assert not torch.equal(weights(0, *lazy), weights(0))
+
+
 def test_a_value_that_is_not_to_change_is_a_number(capsys):
     args = train.parse_args(["--data", "d", "--out", "r", "--lr-g", "2e-4:2e-4", "--diffaug", "--r1", "0:0"])
     assert (args.lr_g, args.diffaug, args.r1, args.schedule, args.ema) == (2e-4, 1, 0, "constant", 0.999)
@@ -477,7 +492,7 @@ def test_average_generator(tmp_path):
                                     ("--lr-g", "1e-3:0"), ("--latent-dim", "99"), ("--loss", "relativistic"), ("--r1", "1"),
                                     ("--r2", "1"), ("--norm-d", "none"), ("--extra-convs", "1"),
                                     ("--width-d", "4"), ("--ema", "0.01"), ("--loss", "hinge"), ("--loss", "lsgan"),
-                                    ("--loss", "wgan-gp"), ("--gp", "1"), ("--spectral-norm",), ("--diffaug",),
+                                    ("--loss", "wgan-gp"), ("--gp", "1"), ("--spectral-norm",), ("--arch", "sngan"), ("--diffaug",),
                                     ("--diffaug", "1:0.5"), ("--r1", "0:1"), ("--beta2", "0.9:0.99"), ("--ema", "0:0.9"),
                                     ("--ema-images", "1"), ("--burn-in", "32"), ("--blocks", "1"), ("--width-max", "8"),
                                     ("--crop-shift", "0.1"), ("--jitter", "0.3"), ("--feature-matching", "1"),
