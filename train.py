@@ -507,17 +507,19 @@ class Generator(nn.Module):
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
     def forward(self, z, condition=None, dial=None):
+        style = z
         if self.encode is not None:
             vector, words, mask = self.encode(condition)
             if self.augment is not None:
                 z, noise = z.split([z.shape[1] - EMBEDDING, EMBEDDING], 1)
                 mean, log_variance = self.distribution(vector)
                 vector = mean + noise * (log_variance / 2).exp()
+            style = torch.cat([z, vector], 1)
             z = torch.cat([z, vector * self.told], 1)
         level = len(self.heads) - 1 if dial is None else dial
         drawn, x, maps = math.ceil(level), z, []
         for i, stage in enumerate(self.stages[:self.ends[drawn] + 1]):
-            x = stage(x, z) if isinstance(stage, Modulated) else stage(x)
+            x = stage(x, style) if isinstance(stage, Modulated) else stage(x)
             if self.attend is not None and i == self.attended:
                 x = self.attend(x, words, mask)
             maps.append(x)
@@ -656,11 +658,15 @@ class SNGANGenerator(DCGANGenerator):
     def stage(self, a, b, extra):
         layers = [nn.Upsample(scale_factor=2)]  # transposed convolutions leave their grid on flat colours
         for inputs in [a] + [b] * extra:
-            layers += [nn.Conv2d(inputs, b, 3, 1, 1, bias=False), Modulation(self.inputs, b), nn.ReLU(True)]
+            layers += [self.conv(inputs, b, bias=False), Modulation(self.inputs, b), nn.ReLU(True)]
         return Modulated(*layers)
 
     def head(self, width, channels):
-        return nn.Conv2d(width, channels, 3, 1, 1)
+        return self.conv(width, channels)
+
+    def conv(self, a, b, bias=True):
+        """3×3; zeros around the map would change a colour at the edge."""
+        return nn.Conv2d(a, b, 3, 1, 1, bias=bias, padding_mode="replicate")
 
 
 class SNGANDiscriminator(DCGANDiscriminator):
