@@ -36,6 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, in_a_line, lock,
@@ -325,7 +326,7 @@ def batches(run, start):
     B is this process's share of the batch. The order of an epoch, and which of an image's captions is taken,
     come from (seed, epoch) alone; one thread gathers a batch ahead.
     """
-    rows, conditions, orders, share = run.data.rows, run.data.conditions, {}, run.args.batch_size // run.world
+    rows, conditions, orders = run.data.rows, run.data.conditions, {}
     resident = run.device.type == "cuda" and rows.nbytes < 0.5 * torch.cuda.mem_get_info(run.device)[0]
     if resident:
         rows = torch.from_numpy(np.array(rows)).to(run.device)
@@ -336,8 +337,8 @@ def batches(run, start):
             orders.clear()
             rng = np.random.default_rng([run.args.seed, epoch])
             orders[epoch] = rng.permutation(len(rows)), rng.random(len(rows))
-        first = place * run.args.batch_size + run.rank * share
-        index, draws = (part[first:first + share] for part in orders[epoch])
+        first, end = place * run.args.batch_size, (place + 1) * run.args.batch_size
+        index, draws = (run.own(part[first:end]) for part in orders[epoch])
         batch = rows[to_device(index, run.device)] if resident else to_device(rows[index], run.device)
         return batch, condition_of(conditions, index, draws, run.device)
 
@@ -460,6 +461,24 @@ class WordAttention(nn.Module):
         found = F.scaled_dot_product_attention(query, words.to(query), self.value(words).to(query),
                                                attn_mask=(mask | ~mask.any(1, keepdim=True)).unsqueeze(1))
         return x + found.transpose(1, 2).reshape(x.shape)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Of the whole batch: its mean and variance are those over all processes (autograd goes through them)."""
+
+    def forward(self, x):
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        mean, var, square = all_reduce(torch.stack([mean, var, mean.square()])) / dist.get_world_size()
+        var = var + square - mean.square()
+        with torch.no_grad():
+            n = x.numel() / x.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        gain, bias = (self.weight, self.bias) if self.affine else (1, 0)
+        gain = gain * (var + self.eps).rsqrt()
+        return (x * gain[:, None, None] + (bias - mean * gain)[:, None, None]).to(x.dtype)
 
 
 def widths_of(width, m, outer):
@@ -601,7 +620,7 @@ class DCGANGenerator(Generator):
     def block(self, a, b, extra, *shape):
         convs = [nn.ConvTranspose2d(a, b, *shape, bias=False)]
         convs += [nn.Conv2d(b, b, 3, 1, 1, bias=False) for _ in range(extra)]
-        return [layer for conv in convs for layer in (conv, nn.BatchNorm2d(b), nn.ReLU(True))]
+        return [layer for conv in convs for layer in (conv, BatchNorm(b), nn.ReLU(True))]
 
     def first(self, inputs, width, base, extra):
         return nn.Sequential(nn.Unflatten(1, (inputs, 1, 1)), *self.block(inputs, width, extra, base, 1, 0))
@@ -621,7 +640,7 @@ class DCGANDiscriminator(Discriminator):
         return nn.Sequential(nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True))
 
     def stage(self, a, b):
-        normal = nn.BatchNorm2d(b) if self.normalised else nn.Identity()
+        normal = BatchNorm(b) if self.normalised else nn.Identity()
         return nn.Sequential(nn.Conv2d(a, b, 4, 2, 1, bias=False), normal, nn.LeakyReLU(0.2, True))
 
     def last(self, width, base):
@@ -633,7 +652,7 @@ class Modulation(nn.Module):
 
     def __init__(self, inputs, width):
         super().__init__()
-        self.norm, self.gain_bias = nn.BatchNorm2d(width, affine=False), nn.Linear(inputs, 2 * width)
+        self.norm, self.gain_bias = BatchNorm(width, affine=False), nn.Linear(inputs, 2 * width)
         nn.init.normal_(self.gain_bias.weight, 0, 0.02)
         nn.init.zeros_(self.gain_bias.bias)
 
@@ -674,7 +693,7 @@ class SNGANDiscriminator(DCGANDiscriminator):
     outer = False
 
     def layers(self, a, b, *shape):
-        normal = nn.BatchNorm2d(b) if self.normalised else nn.Identity()
+        normal = BatchNorm(b) if self.normalised else nn.Identity()
         return [nn.Conv2d(a, b, *shape), normal, nn.LeakyReLU(0.2, True)]
 
     def stem(self, channels, width):
@@ -693,7 +712,7 @@ class UpsampleGenerator(Generator):
     def stage(self, a, b, extra):
         layers = [nn.Upsample(scale_factor=2)]
         for inputs in [a] + [b] * extra:
-            normal = nn.BatchNorm2d(b, momentum=0.8)
+            normal = BatchNorm(b, momentum=0.8)
             layers += [nn.Conv2d(inputs, b, 3, 1, 1), normal, nn.LeakyReLU(0.2, True)]
         return nn.Sequential(*layers)
 
@@ -708,7 +727,7 @@ class UpsampleDiscriminator(Discriminator):
         return nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout2d(0.25))
 
     def stage(self, a, b):
-        normal = nn.BatchNorm2d(b, momentum=0.8) if self.normalised else nn.Identity()
+        normal = BatchNorm(b, momentum=0.8) if self.normalised else nn.Identity()
         return nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout2d(0.25), normal)
 
     def last(self, width, base):
@@ -1333,6 +1352,12 @@ class Run:
         dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.amp != "off")
 
+    def own(self, batch):
+        """This process's rows of a batch: of each part of --grad-accum its share, so that the parts of all
+        processes together hold the same rows on any number of them."""
+        parts = batch.reshape(self.args.grad_accum, self.world, -1, *batch.shape[1:])
+        return parts[:, self.rank].reshape(-1, *batch.shape[1:])
+
     def average_(self, grads, loss):
         """Put the mean over the processes into gradients, and return that of a loss, in one message."""
         if self.world > 1:
@@ -1363,7 +1388,7 @@ def prepare_step(run, state):
     """Put what Python decides where the step finds it: random numbers, and what holds at this step."""
     now = run.at(state.step)
     own = {"cuda": torch.cuda, "mps": torch.mps}.get(run.device.type, torch.default_generator)
-    own.manual_seed(seed_of(run.args.seed, state.step, run.rank))  # torch's seeds all there are, in 150 µs
+    own.manual_seed(seed_of(run.args.seed, state.step))  # torch's seeds all there are, in 150 µs
     state.G.lr.fill_(now.lr_g)
     state.D.lr.fill_(now.lr_d)
     state.ema.share.fill_(now.share)
@@ -1385,7 +1410,7 @@ def train_step(run, state, turn, batch, condition):
     if not turn.penalise:
         amounts = {name: amount for name, amount in amounts.items() if name == "diffaug"}
     x = run.data.real(run, batch, turn.dial)
-    z = torch.randn(len(x), G.noise_dim, device=run.device)
+    z = run.own(torch.randn(run.args.batch_size, G.noise_dim, device=run.device))
     wrong = another(condition) if run.args.mismatch_weight else (None, None)
     parts = split(run.args.grad_accum, x, condition, z, *wrong)
     reuse = turn.train_g and len(parts) == 1  # one pass of G serves both; of parts it would fill the memory
@@ -1502,7 +1527,7 @@ def load_file(path):
 
 
 def checkpoint(run, state):
-    """All that resuming needs. Random numbers are a function of (seed, step, rank): they have no state."""
+    """All that resuming needs. Random numbers are a function of (seed, step): they have no state."""
     return state.state_dict() | {"format": FORMAT, "options": vars(run.args), "model": run.model,
                                  "fingerprint": run.data.meta["fingerprint"]}
 

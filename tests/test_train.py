@@ -652,6 +652,22 @@ train.main()
     assert 0 < lines[-1]["acc_real"] <= 1
 
 
+@pytest.mark.parametrize("processes, accumulate", [(2, 1), (4, 2)])
+def test_the_result_does_not_hang_on_the_number_of_processes(processes, accumulate, shapes, tmp_path):
+    """Normalised over the whole batch, in G and D; the same images and the same z in the same parts."""
+    options = ("--data", shapes, "--batch-size", "16", "--grad-accum", accumulate, "--amp", "off", "--max-steps", "5", "--width", "4",
+               "--log-every", "1", "--device", "cpu")
+    call("train.py", *options, "--out", tmp_path / "one")
+    call(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", ROOT / "train.py", *options,
+         "--out", tmp_path / "many", OMP_NUM_THREADS="1")
+    one, many = (train.load_file(tmp_path / name / "checkpoint.pt") for name in ("one", "many"))
+    for player in ("G", "D"):
+        for a, b in zip(one[player]["net"].values(), many[player]["net"].values(), strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-5)
+    losses = [[line["loss_d"] for line in log_of(tmp_path / name)] for name in ("one", "many")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 def test_fid_while_training(weights, shapes, tmp_path):
     """The best is kept, no better one ends the run, and a resumed run has each FID once."""
     options = ("--data", shapes, "--out", tmp_path / "run", *TINY, "--save-every", "16", "--fid-every", "1", "--fid-num", "20")
