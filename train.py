@@ -893,9 +893,9 @@ class Texts:
     def real(self, run, tokens, dial):
         return F.one_hot(tokens.long(), run.model["channels"]).float()
 
-    def step(self, run, state, turn, tokens, condition):
+    def step(self, run, state, turn, z, tokens, condition):
         if state.step >= self.lead_in:
-            return train_step(run, state, turn, tokens, condition)
+            return train_step(run, state, turn, z, tokens, condition)
         for part in tokens.long().chunk(run.args.grad_accum):  # G alone, towards the likelihood of the texts
             with run.autocast():
                 loss, counts = state.G.net.likelihood(part)
@@ -1389,6 +1389,9 @@ def prepare_step(run, state):
     now = run.at(state.step)
     own = {"cuda": torch.cuda, "mps": torch.mps}.get(run.device.type, torch.default_generator)
     own.manual_seed(seed_of(run.args.seed, state.step))  # torch's seeds all there are, in 150 µs
+    z = run.own(torch.randn(run.args.batch_size, state.G.net.noise_dim, device=run.device))
+    if run.world > 1:  # z is that of one process; augmentations and dropout are each process's own
+        own.manual_seed(seed_of(run.args.seed, state.step, run.rank + 1))
     state.G.lr.fill_(now.lr_g)
     state.D.lr.fill_(now.lr_d)
     state.ema.share.fill_(now.share)
@@ -1397,20 +1400,19 @@ def prepare_step(run, state):
     if isinstance(run.args.beta2, str):
         for group in (*state.G.optimizer.param_groups, *state.D.optimizer.param_groups):
             group.update({"alpha": now.beta2} if "alpha" in group else {"betas": (run.args.beta1, now.beta2)})
-    return now.turn
+    return now.turn, z
 
 
-def train_step(run, state, turn, batch, condition):
+def train_step(run, state, turn, z, batch, condition):
     """D learns to tell x from G(z), then G learns to make D take G(z) for real (Goodfellow et al. 2014).
 
-    batch: rows (B, …) of DATA; condition (B, …) or None. Nothing here waits for the device, and no number
-    changes from step to step: what does is in tensors, see prepare_step(), or in the turn.
+    z: latents (B, noise_dim); batch: rows (B, …) of DATA; condition (B, …) or None. Nothing here waits for the
+    device, and no number changes from step to step: what does is in tensors, see prepare_step(), or the turn.
     """
     G, D, amounts, meter = state.G.net, state.D.net, state.D.amounts, state.meter
     if not turn.penalise:
         amounts = {name: amount for name, amount in amounts.items() if name == "diffaug"}
     x = run.data.real(run, batch, turn.dial)
-    z = run.own(torch.randn(run.args.batch_size, G.noise_dim, device=run.device))
     wrong = another(condition) if run.args.mismatch_weight else (None, None)
     parts = split(run.args.grad_accum, x, condition, z, *wrong)
     reuse = turn.train_g and len(parts) == 1  # one pass of G serves both; of parts it would fill the memory
@@ -1527,7 +1529,7 @@ def load_file(path):
 
 
 def checkpoint(run, state):
-    """All that resuming needs. Random numbers are a function of (seed, step): they have no state."""
+    """All that resuming needs. Random numbers are a function of (seed, step, rank): they have no state."""
     return state.state_dict() | {"format": FORMAT, "options": vars(run.args), "model": run.model,
                                  "fingerprint": run.data.meta["fingerprint"]}
 
@@ -1857,7 +1859,7 @@ def train(run, state, watch, signals):
     track_fid(run, state, watch)  # of a run that was killed while it was scored
     while not (number or over(run, state)):
         watch.stamp()
-        step(run, state, prepare_step(run, state), *next(data))
+        step(run, state, *prepare_step(run, state), *next(data))
         state.step += 1
         watch.stamp(args.batch_size)
         track_fid(run, state, watch)

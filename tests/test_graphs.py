@@ -89,5 +89,5 @@ def test_few_launches_a_step(tmp_path):
     t, counter = steps_of(trainer(tmp_path, "--amp", "bf16", size=64), 1), Counter()
     images = torch.zeros(16, 64, 64, 3, dtype=torch.uint8)
     with counter:
-        train.train_step(t.run, t.state, train.prepare_step(t.run, t.state), images, None)
+        train.train_step(t.run, t.state, *train.prepare_step(t.run, t.state), images, None)
     assert len(counter.launches) <= 230, counter.launches

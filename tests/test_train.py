@@ -435,7 +435,7 @@ def steps_of(t, n, step=train.train_step):
     for _ in range(n):
         images = torch.randint(0, 256, (16, *t.run.data.rows.shape[1:]), dtype=torch.uint8, generator=rng)
         condition = train.condition_of(t.run.data.conditions, np.arange(16), np.zeros(16), t.run.device)
-        step(t.run, t.state, train.prepare_step(t.run, t.state), images, condition)
+        step(t.run, t.state, *train.prepare_step(t.run, t.state), images, condition)
         t.state.step += 1
     return t
 
