@@ -1268,8 +1268,9 @@ def flatten(net):
 class RMSprop(torch.optim.RMSprop):
     """Honours found_inf as the fused optimisers do: then neither weights nor moments move."""
 
-    def __init__(self, params, lr, betas, **of_adam):
-        super().__init__(params, lr.cpu(), betas[1])  # it reads its learning rate: on the host nobody waits
+    def __init__(self, params, lr, betas, fused, capturable):
+        lr = lr if capturable else lr.cpu()  # which it reads then: on the host nobody waits
+        super().__init__(params, lr, betas[1], capturable=capturable)
 
     def step(self):
         params = [p for p in self.param_groups[0]["params"] if p.grad is not None]
@@ -2026,8 +2027,8 @@ def main():
         state.meter.sums /= run.world
         del saved
     if args.compile:
-        import torch._inductor.config
-        torch._inductor.config.fallback_random = True  # the same dropout and noise as without it
+        from torch._inductor import config
+        config.fallback_random = True  # the same dropout and noise as without it
         state.G.net.compile()
         if not (args.r1 or args.r2 or args.gp):  # torch.compile has no double backward
             state.D.net.compile()
