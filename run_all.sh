@@ -12,6 +12,7 @@
 #     ROOT=faces.zip sbatch --gres=gpu:8 run_all.sh anime64   # a job, on one or --nodes=2; requeued at its time limit
 #     */10 * * * * cd ~/gan && bash run_all.sh mnist >>cron.log 2>&1
 #     bash run_all.sh tests                           # set up and run the tests
+#     bash run_all.sh gpu-check                       # five minutes: does this GPU give what a CPU does, how fast
 #
 # Environment: PYTHON (an interpreter that has the packages), ROOT (where the source's files are), CAPTIONS (their
 # captions' file), DATA and RUN (where the arrays and the run go). Exit status: 0 finished, 2 a mistake in the call, 75
@@ -88,7 +89,7 @@ case $recipe in
     folder)     prepare=(folder --size 64)
                 train=(--batch-size 64 --epochs 200 --flip --save-every 500)
                 real=(--num-real 2048) ;;
-    tests)      ;;
+    tests | gpu-check) ;;
     -h | --help) sed -n '/^# Prepare/,/^# interrupted/s/^# \{0,1\}//p' "$here/run_all.sh"; exit ;;
     *)          mistake "$recipe is not a recipe: $(sed -n 's/^    \([a-z0-9-]*\)).*/\1/p' "$here/run_all.sh" | xargs)" ;;
 esac
@@ -140,6 +141,7 @@ else
     cp "$here/requirements.txt" "$here/.venv/complete"
     python=$here/.venv/bin/python
 fi
+[ "$recipe" != gpu-check ] || exec "$python" "$here/tests/gpu_check.py" "$@"
 if [ "$recipe" = tests ]; then
     cd "$here"
     if [ "$python" = "$here/.venv/bin/python" ]; then

@@ -1495,6 +1495,8 @@ def graphed(step, aside=aside, capture=capture, warm_up=3):
             inputs[turn] = [None if x is None else x.clone() for x in batch]
             try:
                 replays[turn] = capture(lambda: step(run, state, turn, *inputs[turn]))
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise RuntimeError("the step cannot be recorded as a CUDA graph: call again with --graphs "
                                    "off, which runs it as it is written") from error

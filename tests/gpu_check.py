@@ -10,6 +10,7 @@ the CPU's. Without a GPU the small networks run as they are written, and the res
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import re
@@ -64,10 +65,11 @@ def make_data(folder, prepare, count):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def make(data, options, amp):
-    """Run and State of a recipe on these data."""
+def make(data, options, amp, parts):
+    """Run and State of a recipe on these data, its batch in so many parts."""
     short = ["--burn-in", "1e4"] if "--burn-in" in options else []  # these data are few
     args = train.parse_args(["--data", str(data), "--out", str(data / "run"), *options, "--amp", amp, *short,
+                             "--grad-accum", str(parts),
                              *([] if GPU else ["--batch-size", "16", "--device", "cpu"])])
     run = train.make_run(args)
     return run, train.make_state(run)
@@ -107,23 +109,35 @@ def difference(one, other):
 
 
 def check_recipe(folder, options, amp):
-    """One row of the table: what to print, and whether it holds."""
-    if amp == "fp16" and {"--r1", "--gp"} & {*options} or "relativistic" in options and amp == "fp16":
+    """One row of the table, of the batch as a whole or in as few parts as fit: what to print, whether it holds."""
+    if amp == "fp16" and {"--r1", "--gp", "relativistic"} & {*options}:
         return "left out: squared gradients leave the range of fp16", True
-    run, state = make(folder, options, amp)
+    for parts in (1, 4, 16):
+        try:
+            said, good = check_parts(folder, options, amp, parts)
+            return said + (f"   in {parts} parts" if parts > 1 else ""), good
+        except torch.OutOfMemoryError:
+            pass
+        gc.collect()
+        torch.cuda.empty_cache()
+    return "left out: does not fit into this GPU's memory", True
+
+
+def check_parts(folder, options, amp, parts):
+    run, state = make(folder, options, amp, parts)
     eager, memory = fastest(run, state, graphs=False)
-    if not GPU:
-        return f"{eager:7.0f} images/s", bool(torch.isfinite(state.G.weights).all())
-    row = f"{eager:8.0f} images/s {memory:5.1f} GiB"
     finite, graphs = bool(torch.isfinite(state.G.weights).all()), state.G.optimizer.defaults["capturable"]
+    if not GPU:
+        return f"{eager:7.0f} images/s", finite
+    row = f"{eager:8.0f} images/s {memory:5.1f} GiB"
     if graphs:
-        run, state = make(folder, options, amp)
+        run, state = make(folder, options, amp, parts)
         rate, memory = fastest(run, state, graphs=True)
         row += f"   graphs {rate:8.0f} images/s {memory:5.1f} GiB"
+    states = []
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
-        states = []
         for graph in (False, False, graphs):
-            run, state = make(folder, options, amp)
+            run, state = make(folder, options, amp, parts)
             steps(run, state, 8, graph)
             states.append(state)
     noise, apart = difference(*states[:2]), difference(*states[1:])
@@ -193,8 +207,6 @@ def main():
             cause = error.__cause__ or error
             said, good = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}", False
             said += f" {error.stderr.decode()[-600:]}" if isinstance(error, subprocess.CalledProcessError) else ""
-            if isinstance(cause, torch.OutOfMemoryError):
-                said, good = "does not fit into this GPU's memory", True
         failed.extend([] if good else [name])
         print(f"{name:26} {'pass' if good else 'FAIL'}  {said}  ({time.perf_counter() - began:.0f} s)", flush=True)
         if GPU:

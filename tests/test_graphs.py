@@ -1,5 +1,6 @@
 """The step as a recording: what one call does, done again on the same memory, is what Python would have done."""
 
+import gpu_check
 import pytest
 import torch
 from test_train import floats, steps_of, trainer
@@ -91,3 +92,18 @@ def test_few_launches_a_step(tmp_path):
     with counter:
         train.train_step(t.run, t.state, *train.prepare_step(t.run, t.state), images, None)
     assert len(counter.launches) <= 230, counter.launches
+
+
+def test_the_check_of_the_gpu_takes_every_recipe(tmp_path):
+    """Its data and options fit; on this machine the networks that are small run."""
+    known = gpu_check.recipes()
+    assert {"shapes", "mnist", "captions", "celeba64-r3", "folder"} <= known.keys()
+    for name, (prepare, options) in known.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        gpu_check.make_data(folder, prepare, 1024)
+        train.make_run(train.parse_args(["--data", str(folder), "--out", str(folder / "run"), *options,
+                                         *(["--burn-in", "1e4"] if "--burn-in" in options else [])]))
+        if name in ("mnist", "captions"):
+            said, good = gpu_check.check_recipe(folder, options, "bf16")
+            assert "images/s" in said and good

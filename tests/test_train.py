@@ -1,5 +1,6 @@
 """train.py: networks, objective, what a run leaves behind, precision, processes, and refusals."""
 
+import ast
 import contextlib
 import json
 import math
@@ -650,6 +651,18 @@ train.main()
     assert (tmp_path / "two" / "same").read_text() == "True", "both processes hold the same weights"
     assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
     assert 0 < lines[-1]["acc_real"] <= 1
+
+
+def test_no_import_within_a_function_hides_a_module():
+    """`import torch.x` there makes torch a local name, unbound on every path that does not pass the line."""
+    for script in ("train.py", "prepare_data.py", "sample.py", "evaluate.py"):
+        tree = ast.parse((ROOT / script).read_text())
+        tops = {(name.asname or name.name).split(".")[0] for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+                for name in node.names}
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            inner = {(name.asname or name.name).split(".")[0] for node in ast.walk(function)
+                     if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names}
+            assert not inner & tops, (script, function.name)
 
 
 @pytest.mark.parametrize("processes, accumulate", [(2, 1), (4, 2)])
