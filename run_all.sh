@@ -27,14 +27,21 @@ say() { echo "$@" 2>/dev/null || true; }
 recipe=${1:-shapes}
 shift || true
 prepare=() train=() count=2048 pictures=(--grid --interpolate 8) real=()
-# what is common to the recipes of Huang et al. 2024
+# what is common to the recipes for CPUs, and to those of Huang et al. 2024
+small=(--arch sngan --width 16 --width-d 16 --loss relativistic --r1 0.01 --r2 0.01 --penalty-interval 4
+       --lr-g 2e-3:0 --lr-d 1e-3:0 --beta1 0 --beta2 0.99 --ema-images 20000)
 r3gan=(--arch resnet --blocks 2 --width-max 768 --latent-dim 64 --loss relativistic --beta1 0 --beta2 0.9:0.99)
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
-                train=(--condition text --mismatch-weight 0.5 --arch sngan --width 32 --width-d 16
-                       --loss relativistic --r1 0.01 --r2 0.01 --lr-g 1e-3 --lr-d 1e-3 --beta1 0 --beta2 0.99
-                       --batch-size 32 --epochs 14 --ema-images 20000)
+                train=("${small[@]}" --condition text --mismatch-weight 0.5 --batch-size 32 --epochs 30)
                 real=(--num-real 2048) ;;
+    captioned)  prepare=(folder --size 32 --holdout 0.05)
+                train=("${small[@]}" --condition text --mismatch-weight 0.5 --batch-size 32 --epochs 180)
+                real=(--num-real 2048) ;;
+    stacked-mnist)
+                prepare=(stacked-mnist --size 32)
+                train=("${small[@]}" --batch-size 64 --epochs 13)
+                count=25600 real=(--num-real 2048) ;;
     mnist)      prepare=(mnist --size 28)
                 train=(--batch-size 64 --epochs 25)
                 real=(--num-real 2048) ;;

@@ -38,7 +38,7 @@ WARM, STEPS = 6, 20
 def recipes():
     """{name: (what is prepared, train.py's options)} of run_all.sh."""
     text = (ROOT / "run_all.sh").read_text()
-    cases = text[text.index("r3gan=("):text.index("\nesac\n") + 6]
+    cases = text[text.index("small=("):text.index("\nesac\n") + 6]
     names = [name for name in re.findall(r"^    ([a-z0-9-]+)\)", cases, re.M) if name not in ("tests", "gpu-check")]
     found = {}
     for name in names:
