@@ -97,8 +97,8 @@ TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: interrupted or in use, call again
 
 
 def fail(message, status=2):
-    """End with one line for the user; of several processes on a node the first speaks for all."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """End with one line for the user; a mistake is that of all processes: the first on a node speaks for them."""
+    if status == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -240,7 +240,8 @@ class Parser(argparse.ArgumentParser):
         """Refuse an option that has no effect, or leave it out where it is a recipe's."""
         if name in self.own:
             fail(f"{flag(name)} {reason}")
-        print(f"note: {flag(name)} of the recipe is left out: it {reason}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"note: {flag(name)} of the recipe is left out: it {reason}", file=sys.stderr)
         setattr(args, name, self.get_default(name))
 
     def error(self, message):
@@ -261,10 +262,12 @@ def find_device(name, processes=1):
         fail(f"--device {name}: {processes} processes would share it; use --device cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and 0 < torch.cuda.device_count() < processes:
-        fail(f"{processes} processes (--nproc_per_node) for {torch.cuda.device_count()} GPUs")
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        count = torch.cuda.device_count()
+        own = count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # each process is shown another
+        if 0 < count < processes and not own:
+            fail(f"{processes} processes (--nproc_per_node) for {count} GPUs")
+        name = "cuda:0" if own else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -16,7 +16,7 @@
 #
 # Environment: PYTHON (an interpreter that has the packages), ROOT (where the source's files are), CAPTIONS (their
 # captions' file), DATA and RUN (where the arrays and the run go). Exit status: 0 finished, 2 a mistake in the call, 75
-# interrupted or in use: call again.
+# interrupted or in use: call again, 1 anything else.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [ -f "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-$here}  # SLURM runs a copy of this file
@@ -157,16 +157,20 @@ if [ "$recipe" = tests ]; then
     exec "$python" -m pytest tests "$@"
 fi
 
-# a mistaken option of train.py shows before the data are prepared
-said=$("$python" -c 'import sys
-sys.path.insert(0, sys.argv[1])
-import train
-sys.argv[0] = "train.py"
-train.parse_args(sys.argv[2:])' "$here" --data "$data" --out "$run" "${train[@]}" -- "$@" 2>&1) || {
-    status=$?
-    tail -n 1 <<<"$said" >&2
-    exit "$status"
+# What train.py says to these options, in $said; a mistake ends here, in one line.
+ask() {
+    said=$("$python" -c "import sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch, train
+sys.argv[0] = 'train.py'
+$1" "$here" --data "$data" --out "$run" "${train[@]}" -- "${@:2}" 2>&1) || {
+        status=$?
+        tail -n 1 <<<"$said" >&2
+        exit "$status"
+    }
+    said=$(tail -n 1 <<<"$said")
 }
+ask 'train.parse_args()' "$@"  # before the data are prepared
 
 mkdir -p "$run"
 exec 9>>"$run/run_all.lock"
@@ -181,10 +185,10 @@ except OSError as error: print("run_all.sh: no lock on this file system:", error
 echo "run_all.sh, process $$ on $(uname -n) since $(date '+%Y-%m-%d %H:%M:%S')" >"$run/run_all.lock"
 
 # Signals go to the stage that runs: train.py saves and leaves, the others drop what is half done.
-child='' stopped=''
+child='' stopped='' notice=TERM
 stop() {
     stopped=$1
-    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+    [ -z "$child" ] || kill -"$notice" "$child" 2>/dev/null || true
 }
 leave() {
     say "run_all.sh: interrupted by SIG$stopped; the same command goes on" >&2
@@ -197,17 +201,16 @@ stage() {
     local status=0
     [ -z "$stopped" ] || leave
     "$@" & child=$!
-    [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null || true  # it came before there was a child
+    [ -z "$stopped" ] || kill -"$notice" "$child" 2>/dev/null || true  # it came before there was a child
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do status=0; wait "$child" || status=$?; done  # a trap ends wait early
     child=''
     [ -z "$stopped" ] || leave
-    return "$status"
+    case $status in 0 | 2 | 75) return "$status" ;; *) return 1 ;; esac
 }
 
 [ -z "$shapes" ] || stage "$python" "$here/prepare_data.py" shapes --size 32 --num 10000 --out "$shapes"
 stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 [ "$recipe" = captions ] || {
     have=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["count"])' "$data/meta.json")
     [ "$have" != 1 ] || mistake "$data holds 1 image: the generated ones are scored against 2 or more"
@@ -215,22 +218,51 @@ gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
         say "run_all.sh: $data has $have images, not 2048: the generated ones are scored against these"
         real=()
     }
-    [ "$recipe" != folder ] || [ "$have" -ge 64 ] || [ "$have" -lt 1 ] || {  # one batch, for one process
+    [ "$recipe" != folder ] || [ "$have" -ge 64 ] || [ "$have" -lt 1 ] || {
         [[ " $*" == *" --batch-size"* ]] || say "run_all.sh: the batch is all $have of them, not 64"
         train+=(--batch-size "$have")
-        gpus=1
     }
 }
-launch=("$python") nodes=${SLURM_NNODES:-1} torchrun=("$python" -m torch.distributed.run)
-[ "$gpus" -lt 2 ] || launch=("${torchrun[@]}" --standalone --nproc_per_node="$gpus")
-[ "$nodes" -lt 2 ] || launch=(srun --nodes="$nodes" --ntasks="$nodes" "${torchrun[@]}" --nnodes="$nodes"
-    --nproc_per_node="$((gpus > 0 ? gpus : 1))" --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID"
-    --rdzv-endpoint="$(scontrol show hostnames | head -n 1):29500")
-stage "${launch[@]}" "$here/train.py" --data "$data" --out "$run" "${train[@]}" -- "$@" || {
-    status=$?  # torchrun makes 1 of every failure: status.json knows better
-    [ "$run/status.json" -nt "$run/run_all.lock" ] && grep -q '"state": "interrupted"' "$run/status.json" && exit 75
-    exit "$status"
-}
+# As many processes as can share the batch evenly: of each node its GPUs, or one on its CPUs.
+ask "run, nodes = train.make_run(train.parse_args()), ${SLURM_NNODES:-1}
+gpus = torch.cuda.device_count() if run.device.type == 'cuda' and ':' not in run.args.device else 1
+part = run.args.batch_size // run.args.grad_accum
+n, p = max(((n, p) for n in range(1, nodes + 1) for p in range(1, gpus + 1) if part % (n * p) == 0),
+           key=lambda pair: (pair[0] * pair[1], pair[1]))
+print(n, p, n * p, nodes * gpus, run.args.batch_size, run.args.grad_accum)" "$@"
+read -r nodes processes all possible batch parts <<<"$said"
+[ "$all" = "$possible" ] ||
+    say "run_all.sh: $all processes of $possible possible: the most that divide --batch-size $batch (--grad-accum $parts)"
+launch=("$python")
+# torchrun turns every status into 1 and a page: here the first process to fail decides, and has said why
+torchrun=("$python" -c '
+import logging, sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+logging.disable(logging.ERROR)
+try:
+    main(sys.argv[1:])
+except SignalException:
+    sys.exit(75)
+except ChildFailedError as error:
+    rank, first = error.get_first_failure()
+    if first.exitcode < 0:
+        print(f"run_all.sh: process {rank} was ended by signal {-first.exitcode}", file=sys.stderr)
+    sys.exit(max(first.exitcode, 1))
+' --nproc-per-node="$processes")
+# by default torchrun dies of SIGUSR1, and kills after 30 s what still saves or scores
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=110
+if [ "$nodes" -gt 1 ]; then
+    notice=USR1  # which srun passes on; at SIGTERM it kills
+    launch=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none "${torchrun[@]}"
+        --nnodes="$nodes" --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID"
+        --rdzv-endpoint="$(scontrol show hostnames | head -n 1):$((10000 + SLURM_JOB_ID % 20000))")
+elif [ "$processes" -gt 1 ]; then
+    launch=("${torchrun[@]}" --standalone)
+fi
+stage "${launch[@]}" "$here/train.py" --data "$data" --out "$run" "${train[@]}" -- "$@"
+notice=TERM
 stage "$python" "$here/sample.py" --run "$run" --num "$count" ${pictures[@]+"${pictures[@]}"}
 stage "$python" "$here/evaluate.py" --run "$run" ${real[@]+"${real[@]}"}
 echo "$call" >"$run/done"

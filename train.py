@@ -329,7 +329,7 @@ def batches(run, start):
     rows, conditions, orders = run.data.rows, run.data.conditions, {}
     resident = run.device.type == "cuda" and rows.nbytes < 0.5 * torch.cuda.mem_get_info(run.device)[0]
     if resident:
-        rows = torch.from_numpy(np.array(rows)).to(run.device)
+        rows = in_slices(rows, run.device)
 
     def gather(step):
         epoch, place = divmod(step, run.steps_per_epoch)
@@ -360,6 +360,15 @@ def condition_of(conditions, index, draws, device):
         count = np.maximum((chosen != 0).any(2).sum(1), 1)  # fewer captions than others have are padded
         chosen = chosen[np.arange(len(chosen)), (draws * count).astype(int)]
     return to_device(chosen.astype(np.float32 if chosen.dtype.kind == "f" else np.int64), device)
+
+
+def in_slices(rows, device):
+    """A memory map (N, …) as a tensor on the device, 64 MB at a time: the host's memory never holds it whole."""
+    many = max(1, 2 ** 26 // rows[0].nbytes)
+    whole = torch.from_numpy(np.array(rows[:0])).new_empty(rows.shape, device=device)
+    for start in range(0, len(rows), many):
+        whole[start:start + many] = torch.from_numpy(np.array(rows[start:start + many]))
+    return whole
 
 
 def to_device(array, device):
@@ -1376,10 +1385,16 @@ class Run:
         return tensor
 
     def on_first(self, function, *args):
-        """What a call by the first process alone returns, on all of them."""
-        result = [function(*args) if self.rank == 0 else None]
+        """What a call by the first process alone returns, on all of them; they also end as it does."""
+        result = [None]
+        try:
+            result = [function(*args) if self.rank == 0 else None]
+        except SystemExit as end:
+            result = [end]
         if self.world > 1:
             dist.broadcast_object_list(result, 0, self.group)
+        if isinstance(result[0], SystemExit):
+            raise result[0]
         return result[0]
 
 
@@ -1633,9 +1648,17 @@ class Watch:
 
     def __init__(self, run):
         self.run = run
+        self.bar, self.trackers, self.grid_rows = tqdm(disable=True), None, ()
+        self.began = self.logged = time.perf_counter()
+        self.first_step, self.times = 0, []  # of this call; when the interval's steps began and ended
+        self.recent = []  # lines of the last epoch
+
+    def open(self):
+        """Take RUN/ for this process, or one line why not, before any work."""
+        run = self.run
         if run.args.fid_every:
             import evaluate  # here alone: who does not track FID needs none of it
-            evaluate.find_weights()  # or one line why not, before any work
+            evaluate.find_weights()
         places = [run.out / "lock", run.out / "grids", run.out, *run.out.parents]
         self.made = [place for place in places if not place.exists()]
         try:
@@ -1644,10 +1667,6 @@ class Watch:
             (run.out / "grids").mkdir(exist_ok=True)
         except OSError as error:
             fail(f"--out {run.out}: {error.strerror}")
-        self.bar, self.trackers, self.grid_rows = tqdm(disable=True), None, ()
-        self.began = self.logged = time.perf_counter()
-        self.first_step, self.times = 0, []  # of this call; when the interval's steps began and ended
-        self.recent = []  # lines of the last epoch
 
     def withdraw(self):
         """Leave nothing of a call that is refused."""
@@ -1680,6 +1699,9 @@ class Watch:
         config = describe(run, state, run_id)
         write_json(out / "config.json", config)
         write_status(run, state, "running")
+        if cores() < (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+            tqdm.write(f"note: {local} processes share {cores()} CPUs: each needs one or more, as by sbatch "
+                       f"--cpus-per-task={2 * local}", file=sys.stderr)
         self.trackers = Trackers(run.args.tracker, out, run_id, state.step, config)
         data, batch = run.data, run.args.batch_size
         classes = data.conditions is not None and data.conditions.ndim == 1
@@ -1822,7 +1844,7 @@ def describe(run, state, run_id):
     return {"run_id": run_id, "options": vars(run.args), "changed": changed, "amp": run.amp,
             "model": run.model, "data": data, "steps": run.total, "steps_per_epoch": run.steps_per_epoch,
             "parameters": {"G": len(state.G.weights), "D": len(state.D.weights)}, "processes": run.world,
-            "hardware": {"device": kind, "name": name, "cores": os.cpu_count(),
+            "hardware": {"device": kind, "name": name, "cores": cores(),
                          "threads": torch.get_num_threads(), "platform": platform.platform()},
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}}
@@ -1922,6 +1944,11 @@ def track_fid(run, state, watch):
 
 # ---- main ------------------------------------------------------------------------------------------------
 
+def cores():
+    """CPUs that this process may use; a queue gives fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def find_precision(name, device):
     """--amp resolved to off, bf16 or fp16."""
     if name != "auto":
@@ -1989,6 +2016,8 @@ def post_mortem(run, state):
             fail(str(error))
         if isinstance(error, OSError) and status_of(error) == 1:
             fail(f"{error.strerror}: {error.filename or run.out}; the last checkpoint is whole", 1)
+        if "gloo" in str(error) and "peer" in str(error):
+            fail(f"another process ended at step {state.step}; the last checkpoint is whole", 1)
         if out_of_memory(error):
             more = ", --amp bf16" if run.amp == "off" else ""
             fail(f"out of memory at step {state.step}: try --grad-accum {2 * run.args.grad_accum} (the same "
@@ -2003,6 +2032,8 @@ def out_of_memory(error):
 
 def main():
     steady_output()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun may die without a word to its processes: Linux tells them
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     run = make_run(parse_args())
     args = run.args
     if run.device.type == "cuda":
@@ -2019,6 +2050,7 @@ def main():
             raise
         fail(f"networks of --width {args.width} do not fit into memory: take a smaller one")
     watch = Watch(run) if run.rank == 0 else Mute()
+    run.on_first(watch.open)
     try:
         saved, path = run.on_first(find_checkpoint, run)  # RUN need not be visible on every node
     except SystemExit:
@@ -2031,6 +2063,7 @@ def main():
     if args.compile:
         from torch._inductor import config
         config.fallback_random = True  # the same dropout and noise as without it
+        config.compile_threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         state.G.net.compile()
         if not (args.r1 or args.r2 or args.gp):  # torch.compile has no double backward
             state.D.net.compile()
@@ -2042,7 +2075,7 @@ def main():
     else:
         signals = Signals(run.group)
         with post_mortem(run, state), contextlib.closing(watch):
-            watch.begin(state, path)
+            run.on_first(watch.begin, state, path)
             number = train(run, state, watch, signals)
         if number:
             watch.end(state, "interrupted", signal=signal.Signals(number).name)

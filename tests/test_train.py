@@ -707,7 +707,6 @@ def diagnosed(tmp_path, *options, epochs=2, **values):
     for t.state.step in range(1, 4 * epochs + 1):  # 4 steps an epoch
         watch.diagnose(t.state, {"step": t.state.step, "loss_g": t.state.step / 10, "acc_real": 0.8, "acc_fake": 0.8,
                                  "diversity": 1.0, "clipped_g": 0.0, "clipped_d": 0.0} | values)
-    watch.lock.close()
     return t.state.notes
 
 
