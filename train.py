@@ -363,7 +363,7 @@ def condition_of(conditions, index, draws, device):
 
 
 def in_slices(rows, device):
-    """A memory map (N, …) as a tensor on the device, 64 MB at a time: the host's memory never holds it whole."""
+    """A memory map (N, …) as a tensor on the device, 64 MB at a time: the host never holds a copy of it."""
     many = max(1, 2 ** 26 // rows[0].nbytes)
     whole = torch.from_numpy(np.array(rows[:0])).new_empty(rows.shape, device=device)
     for start in range(0, len(rows), many):
@@ -1394,8 +1394,15 @@ class Run:
         if self.world > 1:
             dist.broadcast_object_list(result, 0, self.group)
         if isinstance(result[0], SystemExit):
+            self.disband()
             raise result[0]
         return result[0]
+
+    def disband(self):
+        """End the processes' connections, on all of them at once: one that breaks ends a process by itself."""
+        if self.world > 1:
+            dist.barrier(self.group)  # the one that writes is not left behind
+            dist.destroy_process_group()
 
 
 # ---- the step --------------------------------------------------------------------------------------------
@@ -2012,7 +2019,8 @@ def post_mortem(run, state):
                 write_status(run, state, "failed", error=f"{type(error).__name__}: {error}",
                              traceback="".join(traceback.format_exception(error)))
                 write_torch(run.out / "error.pt", checkpoint(run, state))
-        if isinstance(error, FloatingPointError):
+        if isinstance(error, FloatingPointError):  # all processes alike
+            run.disband()
             fail(str(error))
         if isinstance(error, OSError) and status_of(error) == 1:
             fail(f"{error.strerror}: {error.filename or run.out}; the last checkpoint is whole", 1)
@@ -2032,7 +2040,7 @@ def out_of_memory(error):
 
 def main():
     steady_output()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun may die without a word to its processes: Linux tells them
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # where torchrun is killed, Linux tells its processes
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     run = make_run(parse_args())
     args = run.args
@@ -2081,9 +2089,7 @@ def main():
             watch.end(state, "interrupted", signal=signal.Signals(number).name)
         else:
             watch.end(state, "finished")
-    if run.world > 1:
-        dist.barrier(run.group)  # the one that writes is not left behind
-        dist.destroy_process_group()
+    run.disband()
     if number:
         how = "" if args.resume == "auto" else " with --resume auto"
         fail(f"{signal.Signals(number).name}: saved at step {state.step} of {run.total}; the same command "
