@@ -19,8 +19,9 @@
 # interrupted or in use: call again, 1 anything else.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[ -f "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-$here}  # SLURM runs a copy of this file
 mistake() { echo "run_all.sh: $1" >&2; exit 2; }
+[ -f "$here/train.py" ] || here=${SLURM_SUBMIT_DIR:-$here}  # SLURM runs a copy of this file
+[ -f "$here/train.py" ] || mistake "train.py is not in $here: call sbatch in the folder where both are"
 trap '' PIPE  # whoever read the output may leave: the run goes on
 say() { echo "$@" 2>/dev/null || true; }
 

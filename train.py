@@ -50,7 +50,8 @@ STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "g
          "clipped_g", "clipped_d")  # what the steps report; log.jsonl has the means of an interval
 # options that a resumed run may change: where, how long and how it is watched
 FREE = {"data", "out", "resume", "epochs", "max_steps", "log_every", "save_every", "grid_every", "device",
-        "compile", "graphs", "max_skips", "fid_every", "fid_num", "patience", "tracker"}
+        "compile", "graphs", "tf32", "deterministic", "max_skips", "fid_every", "fid_num", "patience",
+        "tracker"}
 # options that may be START:END
 COURSES = ("lr_g", "lr_d", "r1", "r2", "diffaug", "beta2", "ema", "ema_images", "temperature")
 # what a run writes into RUN/, beside grids/ and the trackers' folders
@@ -160,6 +161,10 @@ def parse_args(argv=None):
     add = parser.group("precision and speed")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision; auto: bf16 "
         "where the hardware has it, fp16 on older GPUs, else off")
+    add("--tf32", choices=["on", "off"], default="on", help="on: what a GPU multiplies in "
+        "fp32 has 10 bits of 23; off: all")
+    add("--deterministic", action="store_true", help="the same bits each time on a GPU too, "
+        "which is slower; an operation that cannot do it ends the run by its name")
     add("--compile", action="store_true", help="torch.compile both networks")
     add("--graphs", choices=["auto", "off"], default="auto", help="auto: a GPU replays the step as a CUDA "
         "graph where that can be")
@@ -1399,7 +1404,7 @@ class Run:
         return result[0]
 
     def disband(self):
-        """End the processes' connections, on all of them at once: one that breaks ends a process by itself."""
+        """End the connections on all processes at once: one that breaks can end a process by itself."""
         if self.world > 1:
             dist.barrier(self.group)  # the one that writes is not left behind
             dist.destroy_process_group()
@@ -1719,7 +1724,7 @@ class Watch:
         print(f"{out}: {run.args.arch} {'×'.join(str(n) for n in data.rows.shape[1:])}, "
               f"G {len(state.G.weights) / 1e6:.2f} M and D {len(state.D.weights) / 1e6:.2f} M parameters; "
               f"{len(data.rows)} {data.unit}; steps {state.step} to {run.total}, batch {batch}; "
-              f"{run.device} × {run.world}, {'fp32' if run.amp == 'off' else run.amp}"
+              f"{run.device} × {run.world}, {precision(run)}"
               + (f"; going on from {path}" if path else ""), flush=True)
         self.bar = tqdm(total=run.total * batch, initial=state.step * batch, unit=f" {data.unit}",
                         bar_format="{desc} {percentage:3.0f}% {rate_noinv_fmt}, {remaining} left{postfix}",
@@ -1835,6 +1840,12 @@ class Watch:
                   f"files    {out}/generator.pt, {out}/log.jsonl, {out}/grids/", flush=True)
 
     say = staticmethod(tqdm.write)
+
+
+def precision(run):
+    """How numbers are kept, in a word or two."""
+    tf32 = run.device.type == "cuda" and run.args.tf32 == "on" and torch.cuda.is_tf32_supported()
+    return run.amp if run.amp != "off" else "fp32 with TF32 (--tf32)" if tf32 else "fp32"
 
 
 def describe(run, state, run_id):
@@ -1956,6 +1967,18 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def settle(args, device):
+    """What holds for the whole process: its GPU, and how exactly that computes."""
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS then adds up in one order
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = not args.deterministic  # it chooses among kernels by the clock
+        torch.backends.cudnn.allow_tf32 = args.tf32 == "on"
+        torch.set_float32_matmul_precision("high" if args.tf32 == "on" else "highest")
+
+
 def find_precision(name, device):
     """--amp resolved to off, bf16 or fp16."""
     if name != "auto":
@@ -1970,6 +1993,9 @@ def make_run(args):
     """Run of these options, on this DATA and this machine, or one line that says why not."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if device.type == "mps" and (world > 1 or torch.__version__ < (2, 14)):
+        fail("--device mps: for one process, and from torch 2.14 on, since before BatchNorm's gradients are "
+             "wrong and bad updates are not skipped there (pytorch#188371, #186360); else --device cpu")
     data, kind, batch, parts = Data(args.data), ARCHITECTURES[args.arch][2], args.batch_size, args.grad_accum
     if not args.out or os.path.realpath(args.out) == os.path.realpath(args.data):
         fail(f"--out {args.out or 'is empty'}: name a folder for the run, another than --data")
@@ -2044,10 +2070,7 @@ def main():
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     run = make_run(parse_args())
     args = run.args
-    if run.device.type == "cuda":
-        torch.cuda.set_device(run.device)
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+    settle(args, run.device)
     if run.world > 1:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
         run = replace(run, group=dist.new_group(backend="gloo"))

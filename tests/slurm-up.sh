@@ -7,7 +7,7 @@
 #
 # /etc/hosts gets the names of the nodes, gan1 to gan3, for as long as it is up.
 set -euo pipefail
-folder=$1 host=$(hostname -s) cpus=$(nproc)
+folder=$1 host=$(hostname -s) cpus=$(nproc --all)
 if [ "${2-}" = down ]; then
     for pid in "$folder"/*.pid; do kill "$(cat "$pid")" 2>/dev/null || true; done
     sed '/ # tests\/slurm-up.sh$/d' /etc/hosts >"$folder/hosts" && cat "$folder/hosts" >/etc/hosts
@@ -54,6 +54,7 @@ runuser -u munge -- munged --force --key-file="$folder/munge/key" --socket="$fol
 ln -sf munge/pid "$folder/munged.pid"
 slurmctld
 sleep 2
+kill -0 "$(cat "$folder/ctld.pid")" || { tail -n 1 "$folder/ctld.log" >&2; exit 1; }
 for name in gan1 gan2 gan3; do mkdir -p "$folder/spool.$name" && slurmd -N "$name"; done
 for _ in $(seq 60); do [ "$(sinfo -h -t idle -o %D)" = 3 ] && break; sleep 0.5; done
 sinfo

@@ -190,6 +190,30 @@ def test_mistakes_are_said_once(begin):
     assert status(run)["state"] == "interrupted" and saved_step(run) == step
 
 
+@torchruns
+def test_as_many_processes_as_divide_the_batch(shapes, tmp_path):
+    """Three nodes, a fake srun that says how it was called: of a batch of 64 two can take equal shares, of 63 three."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", f'echo "$@" >{tmp_path}/srun'), ("scontrol", "echo node9"), ("prepare", "exit 0"),
+                       ("python", f'case "$1" in *prepare_data.py | *sample.py | *evaluate.py) ;; *) exec {sys.executable} "$@";; esac')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    settings = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": f"{tmp_path}/bin/python", "DATA": str(shapes),
+                "RUN": str(tmp_path / "run"), "SLURM_NNODES": "3", "SLURM_JOB_ID": "31234"}
+    for batch, parts, nodes in ((64, 1, 2), (63, 1, 3), (126, 2, 3), (63, 9, 1), (65, 1, 1)):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        (tmp_path / "srun").unlink(missing_ok=True)
+        said = call("bash", ROOT / "run_all.sh", "shapes", *OPTIONS, "--max-steps", "1", "--batch-size", str(batch), "--grad-accum",
+                    str(parts), **settings).stdout
+        assert (f"{nodes} processes of 3 possible" in said) == (nodes < 3)
+        if nodes > 1:
+            called = (tmp_path / "srun").read_text()
+            assert f"--nodes={nodes} --ntasks={nodes} " in called and f"--nnodes={nodes} " in called
+            assert "--nproc-per-node=1 " in called and "--rdzv-endpoint=node9:21234 " in called
+        else:
+            assert not (tmp_path / "srun").exists() and "steps 0 to 1" in said
+
+
 # ---- SLURM -----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -197,13 +221,14 @@ def slurm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     for above in folder.parents[:2]:
         above.chmod(0o755)  # munge is another user
-    subprocess.run(["bash", f"{HERE}/slurm-up.sh", str(folder)], check=True, timeout=120)
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    yield folder
-    subprocess.run(["scancel", "--user=root"])
-    time.sleep(2)
-    subprocess.run(["bash", f"{HERE}/slurm-up.sh", str(folder), "down"], check=True)
-    del os.environ["SLURM_CONF"]
+    try:
+        subprocess.run(["bash", f"{HERE}/slurm-up.sh", str(folder)], check=True)
+        os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+        yield folder
+        subprocess.run(["scancel", "--user=root"])
+        time.sleep(2)
+    finally:
+        subprocess.run(["bash", f"{HERE}/slurm-up.sh", str(folder), "down"], check=True)
 
 
 @pytest.fixture
@@ -216,8 +241,9 @@ def job(slurm, shapes, tmp_path):
 
     def submit(*options, queue=()):
         settings = {"PYTHON": str(stub), "DATA": str(shapes), "RUN": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}
-        number = subprocess.run(["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", *queue,
-                                 str(ROOT / "run_all.sh"), "shapes", *OPTIONS, *options], cwd=tmp_path, check=True,
+        number = subprocess.run(["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2",
+                                 f"--output={tmp_path}/slurm-%j.log", *queue, "run_all.sh", "shapes", *OPTIONS, *options],
+                                cwd=ROOT, check=True,
                                 env=os.environ | settings, capture_output=True, text=True).stdout.strip()
         return number, tmp_path / "run", tmp_path / f"slurm-{number}.log"
     return submit
@@ -226,6 +252,13 @@ def job(slurm, shapes, tmp_path):
 def state(number):
     said = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True).stdout
     return dict(re.findall(r"(\w+)=(\S*)", said))
+
+
+def begins_again(number):
+    """Wait for its second start, without the two minutes that SLURM lets pass before."""
+    wait_until(lambda: state(number)["Restarts"] == "1" and state(number)["JobState"] == "PENDING", 300)
+    subprocess.run(["scontrol", "update", f"jobid={number}", "starttime=now"], check=True)
+    wait_until(lambda: state(number)["JobState"] == "RUNNING", 300)
 
 
 def whole(shapes, run, *options):
@@ -252,7 +285,7 @@ def test_two_nodes_survive_the_time_limit(job, shapes, tmp_path):
     assert status(run)["state"] == "interrupted" and status(run)["signal"] == "SIGUSR1"
     middle = status(run)["step"]
     assert saved_step(run) == middle and 0 < middle < 2500 and not workers(run)
-    wait_until(lambda: state(number)["JobState"] == "RUNNING", 300)
+    begins_again(number)
     subprocess.run(["scontrol", "update", f"jobid={number}", "timelimit=30"], check=True)
     wait_until(lambda: state(number)["JobState"] not in ("RUNNING", "COMPLETING"), 600)
     text = log.read_text()
@@ -300,7 +333,7 @@ def test_a_drained_node_costs_no_step(job, shapes, tmp_path):
         at = step_of(run)
         wait_until(lambda: step_of(run) >= at + 20)
         subprocess.run(["scancel", "--batch", "--signal=USR1", number], check=True)  # as before a time limit
-        wait_until(lambda: state(number)["Restarts"] == "1" and state(number)["JobState"] == "RUNNING", 300)
+        begins_again(number)
         assert state(number)["NodeList"] == "gan[1,3]"
         wait_until(lambda: state(number)["JobState"] == "COMPLETED", 300)
     finally:
@@ -326,7 +359,7 @@ def test_two_jobs_on_the_same_nodes_at_once(job, slurm, shapes, tmp_path):
     shutil.copytree(shapes, tmp_path / "data")
     settings = {"PYTHON": str(tmp_path / "python"), "DATA": str(tmp_path / "data"), "RUN": str(tmp_path / "other")}
     two = subprocess.run(["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--oversubscribe",
-                          str(ROOT / "run_all.sh"), "shapes", *OPTIONS, *steps(60)], cwd=tmp_path, check=True,
+                          f"--output={tmp_path}/other.log", "run_all.sh", "shapes", *OPTIONS, *steps(60)], cwd=ROOT, check=True,
                          env=os.environ | settings, capture_output=True, text=True).stdout.strip()
     both = (one[0], two)
     wait_until(lambda: all(state(n)["JobState"] == "COMPLETED" for n in both), 200)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tracemalloc
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -924,3 +925,47 @@ def test_killed_in_its_last_fid_a_run_is_scored_when_called_again(weights, shape
         call("train.py", *options)
     assert len((tmp_path / "run" / "fid.jsonl").read_text().splitlines()) == 1 and (tmp_path / "run" / "best.pt").exists()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_one_visible_gpu_a_process(monkeypatch):
+    """Shown a GPU each (--gpus-per-task, --virtual-local-rank), all call it cuda:0; one for all is refused."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "empty", lambda *args, **more: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        train.find_device("cuda", 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert train.find_device("cuda", 8) == torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert train.find_device("cuda", 8) == torch.device("cuda:3")
+
+
+def test_data_move_in_slices(tmp_path):
+    """The host's memory holds no copy of them, and they arrive whole."""
+    rows = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.uint8, (130, 2 ** 20))
+    rows[:] = np.arange(130)[:, None]
+    tracemalloc.start()
+    moved = train.in_slices(rows, torch.device("cpu"))
+    assert tracemalloc.get_traced_memory()[1] < 1.1 * 2 ** 26
+    tracemalloc.stop()
+    assert moved.dtype == torch.uint8 and np.array_equal(moved.numpy(), rows)
+
+
+def test_deterministic_and_tf32(tmp_path):
+    t = trainer(tmp_path, "--amp", "off", "--deterministic", "--tf32", "off")
+    try:
+        train.settle(t.run.args, t.run.device)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert train.precision(t.run) == "fp32"
+    assert not {"tf32", "deterministic"} - train.FREE, "a run may go on with another"
+
+
+def test_mps_where_torch_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "find_device", lambda *asked: torch.device("mps"))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
+    with pytest.raises(SystemExit, match="2"):
+        trainer(tmp_path)
+    assert "--device cpu" in capsys.readouterr().err
