@@ -98,7 +98,7 @@ TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: interrupted or in use, call again
 
 def fail(message, status=2):
     """End with one line: of a failure each process's own, of a mistake one a node, of an interruption one."""
-    speaker = {TRY_AGAIN: "RANK"}.get(status, "LOCAL_RANK")
+    speaker = "RANK" if status == TRY_AGAIN else "LOCAL_RANK"
     if status == 1 or os.environ.get(speaker, "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     raise SystemExit(status)
