@@ -36,7 +36,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, in_a_line, lock,
@@ -477,6 +476,20 @@ class WordAttention(nn.Module):
         return x + found.transpose(1, 2).reshape(x.shape)
 
 
+class AllSum(torch.autograd.Function):
+    """The sum over the processes; its gradient is theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllSum.apply(grad)
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Of the whole batch: its mean and variance are those over all processes (autograd goes through them)."""
 
@@ -484,7 +497,7 @@ class BatchNorm(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-        mean, var, square = all_reduce(torch.stack([mean, var, mean.square()])) / dist.get_world_size()
+        mean, var, square = AllSum.apply(torch.stack([mean, var, mean.square()])) / dist.get_world_size()
         var = var + square - mean.square()
         with torch.no_grad():
             n = x.numel() / x.shape[1] * dist.get_world_size()

@@ -92,6 +92,8 @@ def begin(shapes, tmp_path):
     for process in begun:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for pid in workers(tmp_path / "run"):  # whom a failed test leaves behind
+            os.kill(pid, signal.SIGKILL)
         process.communicate()
 
 
