@@ -240,12 +240,15 @@ torchrun=("$python" -c '
 import logging, sys
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main
 logging.disable(logging.ERROR)
 try:
     main(sys.argv[1:])
 except SignalException:
     sys.exit(75)
+except RendezvousConnectionError:
+    sys.exit("run_all.sh: no connection to the torchrun of the first node: ended, or not found (README, Network)")
 except ChildFailedError as error:
     rank, first = error.get_first_failure()
     if first.exitcode < 0:
