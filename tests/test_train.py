@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import scale
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, call, log_of, refused
@@ -652,6 +653,10 @@ train.main()
     assert (tmp_path / "two" / "same").read_text() == "True", "both processes hold the same weights"
     assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
     assert 0 < lines[-1]["acc_real"] <= 1
+
+
+def test_a_thousand_processes_read_each_row_once():
+    assert scale.schedule(1000, 8000) == 8 * 64 * 64 * 3
 
 
 def test_no_import_within_a_function_hides_a_module():
