@@ -1448,7 +1448,8 @@ def train_step(run, state, turn, z, batch, condition):
     """D learns to tell x from G(z), then G learns to make D take G(z) for real (Goodfellow et al. 2014).
 
     z: latents (B, noise_dim); batch: rows (B, …) of DATA; condition (B, …) or None. Nothing here waits for
-    the device, and no number changes from step to step: what does is in tensors, see prepare_step(), or the turn.
+    the device, and no number changes from step to step: what does is in tensors, see prepare_step(), or
+    the turn.
     """
     G, D, amounts, meter = state.G.net, state.D.net, state.D.amounts, state.meter
     if not turn.penalise:
