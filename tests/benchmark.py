@@ -156,29 +156,25 @@ def drawn_by_ours(folder, data, minutes, count):
 
 
 def quality(work, name, source, args):
-    """{who: [[minute, FID, n], …]} of the tutorial and train.py, trained in turn, and the floor [FID, n]."""
+    """{who: [[minute, FID], …]} of the tutorial and train.py, trained in turn, the floor, and n of all these."""
     data, folder = work / name, work / f"{name}-quality"
     call(sys.executable, ROOT / "prepare_data.py", *source, "--size", "32", "--out", data)
     rows, meta = np.load(data / "images.npy", mmap_mode="r"), json.loads((data / "meta.json").read_text())
     (folder / "png" / "all").mkdir(parents=True)
     for i, row in enumerate(rows):
         Image.fromarray(row.squeeze()).save(folder / "png" / "all" / f"{i:05d}.png")
-    minutes = [m for m in (1, 2, 4, 7) if m < args.minutes] + [args.minutes]
-    count = min(10_000, len(rows))
+    minutes = [m for m in (2, 5) if m < args.minutes] + [args.minutes]
+    count = min(args.num, len(rows))
     paths = {"tutorial": drawn_by_tutorial(folder, folder / "png", meta, minutes, count),
              "train.py": drawn_by_ours(folder, data, minutes, count)}
 
-    def fid(path, n):
-        pixels = np.load(path)["arr_0"][:n]
-        return evaluate.fid_against_data(pixels, data, n, torch.device("cpu"))
-
-    def curve(paths):  # early points of fewer images: they show the course
-        sizes = [min(2048, count)] * (len(minutes) - 1) + [count]
-        return [[minute, fid(path, n), n] for minute, path, n in zip(minutes, paths, sizes)]
+    def curve(paths):
+        return [[minute, evaluate.fid_against_data(np.load(path)["arr_0"], data, count, torch.device("cpu"))]
+                for minute, path in zip(minutes, paths)]
     weights = evaluate.find_weights()
     network = evaluate.load_inception(weights, torch.device("cpu"))
     real = evaluate.real_statistics(network, weights, evaluate.Data(data), count, True, torch.device("cpu"))
-    return {who: curve(p) for who, p in paths.items()} | {"floor": [real["floor"], real["floor_n"]]}
+    return {who: curve(p) for who, p in paths.items()} | {"floor": real["floor"], "n": real["floor_n"]}
 
 
 def plot_quality(curves, path):
@@ -186,10 +182,10 @@ def plot_quality(curves, path):
     figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False)
     for ax, (name, found) in zip(axes[0], curves.items()):
         for who, colour in (("tutorial", "#b0532a"), ("train.py", "#2a5db0")):
-            minutes, fids, _ = zip(*found[who])
+            minutes, fids = zip(*found[who])
             ax.plot(minutes, fids, "o-", color=colour, label=who)
             ax.annotate(f"{fids[-1]:.1f}", (minutes[-1], fids[-1]), (4, 4), textcoords="offset points", color=colour)
-        ax.axhline(found["floor"][0], color="#777777", linestyle=":", label="real against real")
+        ax.axhline(found["floor"], color="#777777", linestyle=":", label="real against real")
         ax.set(title=name, xlabel="minutes of training", ylabel="FID", yscale="log")
         ax.legend()
     figure.tight_layout()
@@ -411,6 +407,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", help="which rows (default: all)")
     parser.add_argument("--minutes", type=float, default=10, help="of training each in the row quality")
+    parser.add_argument("--num", type=int, default=10_000, help="images of each side in the row quality")
     parser.add_argument("--fashion", help="folder of Fashion-MNIST for the row quality, as torchvision keeps it")
     parser.add_argument("--emoji", help="folder or archive of images for the row quality")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements a row")
