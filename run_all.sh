@@ -248,7 +248,7 @@ try:
 except SignalException:
     sys.exit(75)
 except RendezvousConnectionError:
-    sys.exit("run_all.sh: no connection to the torchrun of the first node: ended, or not found (README, Network)")
+    sys.exit("run_all.sh: no connection to the torchrun of the first node: ended, or not found (docs/clusters.md)")
 except ChildFailedError as error:
     rank, first = error.get_first_failure()
     if first.exitcode < 0:
