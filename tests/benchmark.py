@@ -133,7 +133,7 @@ def drawn_by_tutorial(folder, images, meta, minutes, count):
         with torch.no_grad():  # in training mode, as the tutorial draws
             drawn = np.concatenate([train.to_pixels(G(torch.randn(64, 100))) for _ in range(-(-count // 64))])
         paths.append(folder / f"tutorial-{minute}.npz")
-        np.savez(paths[-1], drawn[:count])
+        np.savez(paths[-1], images=drawn[:count])
     return paths
 
 
@@ -169,7 +169,7 @@ def quality(work, name, source, args):
              "train.py": drawn_by_ours(folder, data, minutes, count)}
 
     def curve(paths):
-        return [[minute, evaluate.fid_against_data(np.load(path)["arr_0"], data, count, torch.device("cpu"))]
+        return [[minute, evaluate.fid_against_data(np.load(path)["images"], data, count, torch.device("cpu"))]
                 for minute, path in zip(minutes, paths)]
     weights = evaluate.find_weights()
     network = evaluate.load_inception(weights, torch.device("cpu"))
