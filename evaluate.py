@@ -410,7 +410,7 @@ def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE, seed=0):
 
 
 def neighbour_measures(real, fake, k=NEIGHBOURS):
-    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020) of (n, d), (m, d).
+    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020): (n, d), (m, d)
 
     Each image's ball reaches to its k-th neighbour. `memorised` is the share of generated images that are
     nearer to a real one than that is to any other real one.
@@ -652,7 +652,7 @@ def load_clip(name):
 
 
 def clip_score(model, name, conditions, fake):
-    """100 × cosine of image (n, H, W, 3) and caption in CLIP: Hessel et al. 2021 without their factor 2.5."""
+    """100 × cosine of image (n, H, W, 3) and caption in CLIP: Hessel et al. 2021 without the factor 2.5."""
     image = model.encode([Image.fromarray(pixels) for pixels in fake], normalize_embeddings=True)
     text = model.encode([condition["caption"] for condition in conditions], normalize_embeddings=True)
     cosine = 100 * (image * text).sum(1)
@@ -846,10 +846,45 @@ def plot_curves(log):
         axis.legend(frameon=False)
     axes[1].set_ylim(0, 1.02)
     axes[2].set_yscale("log")
+    return pixels_of_figure(drawing)
+
+
+def pixels_of_figure(drawing):
+    """A matplotlib figure as pixels (H, W, 4); it is closed."""
+    from matplotlib import pyplot
     drawing.canvas.draw()
     pixels = np.array(drawing.canvas.buffer_rgba())
     pyplot.close(drawing)
     return pixels
+
+
+def fid_by_minute(folder):
+    """[(minutes of training, FID)] of a run that was scored while it trained (--fid-every)."""
+    steps, minutes = minutes_of(read_lines(folder / "log.jsonl"))
+    return [(float(np.interp(line["step"], steps, minutes)), line["fid"])
+            for line in read_lines(folder / "fid.jsonl")]
+
+
+def plot_fids(curves):
+    """A panel a run of {name: [(minutes, FID)]}, the others behind it in gray: pixels (H, W, 4)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    columns = min(4, len(curves))
+    rows = -(-len(curves) // columns)
+    size = (3.2 * columns, 2.6 * rows)
+    drawing, axes = pyplot.subplots(rows, columns, figsize=size, dpi=110, squeeze=False,
+                                    sharex=True, sharey=True, layout="constrained")
+    for axis in axes.flat[len(curves):]:
+        axis.set_axis_off()
+    for axis, (name, points) in zip(axes.flat, curves.items()):
+        for other in curves.values():
+            axis.plot(*zip(*other), color="#cccccc", linewidth=0.8)
+        axis.plot(*zip(*points), "o-", color="#0072b2", markersize=3, linewidth=1.3)
+        axis.set_title(name, fontsize=9, parse_math=False)
+        axis.set(yscale="log", xlabel="minutes of training")
+        axis.spines[["top", "right"]].set_visible(False)
+    return pixels_of_figure(drawing)
 
 
 def read_or_empty(path):
@@ -864,10 +899,16 @@ def read_status(run):
     return {"state": "unknown", "step": None, "warnings": [], "time": ""} | read_or_empty(run / "status.json")
 
 
+def minutes_of(log):
+    """(steps, minutes of training until each) of log.jsonl, without what an interrupted run did twice."""
+    lines = [line for line in log if "ms_per_step" in line]
+    steps = np.array([0] + [line["step"] for line in lines])
+    return steps, np.append(0, np.cumsum(np.diff(steps) * [line["ms_per_step"] for line in lines])) / 60_000
+
+
 def training_time(log):
-    """Time of the steps in log.jsonl in words, without what an interrupted run did twice."""
-    steps = [{"step": 0}] + [line for line in log if "ms_per_step" in line]
-    minutes = sum((b["step"] - a["step"]) * b["ms_per_step"] for a, b in zip(steps, steps[1:])) / 60_000
+    """Time of the steps in log.jsonl in words."""
+    minutes = minutes_of(log)[1][-1]
     return f"{minutes / 60:.1f} h" if minutes > 60 else f"{minutes:.1f} min"
 
 
@@ -884,8 +925,8 @@ def training_summary(config, status, log):
             f"torch {config.get('versions', {}).get('torch')}; {status['time'][:10]}.")
 
 
-def write_report(run, metrics, config, galleries=()):
-    """RUN/report.html: figures, pictures, curves and options on one page.
+def write_report(run, path, metrics, config, galleries=()):
+    """Figures, pictures, curves and options of a run on one page, RUN/report.html as a rule.
 
     galleries: (heading, items), an item a text, or a picture uint8 (H, W, C) and its text.
     """
@@ -902,7 +943,7 @@ def write_report(run, metrics, config, galleries=()):
         return [[("option", "value"), *((flag(k), " ".join(v) if isinstance(v, list) else v)
                                         for k, v in values.items())]]
 
-    write_text(run / "report.html", page(run.resolve().name, [
+    write_text(path, page(run.resolve().name, [
         ("", "", [training_summary(config, status, log)]),
         ("", "warn", [f"While it trained: {w}" for w in status["warnings"]] + metrics["warnings"]),
         ("Measures", "", [rows] + [f"Samples: {samples}."] * bool(samples)),
@@ -938,7 +979,10 @@ def track(run, config, metrics):
 # ---- runs side by side -----------------------------------------------------------------------------------
 
 def read_run(folder):
-    """(options, row of the comparison) of a run; ValueError, KeyError or TypeError where it is not whole."""
+    """(options, how its figures were taken, row of the comparison) of a run.
+
+    ValueError, KeyError or TypeError where it is not whole.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     data, hardware = config["data"], config["hardware"]
     options = config["options"] | {"data": f"{data['name']} {data['fingerprint'][:8]}"}
@@ -954,10 +998,12 @@ def read_run(folder):
     for key in COMPARED:
         name, digits, _ = MEASURES[key]
         measured[name] = number(scored.get(key, {}).get("value"), digits)
-    return options, {
+    taken = {"data": data["fingerprint"], "n": [first.get("n_generated"), first.get("n_real")],
+             "protocol": first.get("protocol")} if first else {}
+    return options, taken, {
         "run": str(folder),
         "sample": folder / "grids" / ("latest.txt" if options["arch"] == "seq" else "latest.png"),
-        "differs from most": "", **measured,
+        "differs from most": "", **measured, "not comparable": "",
         "generated": first.get("n_generated") or "", "real": first.get("n_real") or "",
         "epochs": number(last.get("epoch"), 1),
         "loss G": number(last.get("loss_g")), "loss D": number(last.get("loss_d")),
@@ -991,19 +1037,26 @@ def compare(paths, out):
                 print(f"note: {file.parent} is left out, {reason}", file=sys.stderr)
     if not runs:
         fail(f"--compare {' '.join(paths)}: no run of train.py here (a folder with config.json)")
-    usual = usual_values([options for options, _ in runs])
-    for options, row in runs:
+    usual = usual_values([options for options, _, _ in runs])
+    most = {key: Counter(json.dumps(taken[key]) for _, taken, _ in runs if taken).most_common(1)[0][0]
+            for key in ("data", "n", "protocol") if any(taken for _, taken, _ in runs)}
+    for options, taken, row in runs:
+        apart = [f"other {key}" for key in taken if json.dumps(taken[key]) != most[key]]
+        row["not comparable"] = ", ".join(apart)
         row["differs from most"] = ", ".join(f"{flag(k)} {options[k]}" for k in usual
                                              if k in options and json.dumps(options[k]) != usual[k])
-    columns = [column for column in runs[0][1] if any(row[column] for _, row in runs)]
-    table = [columns] + [[row[column] for column in columns] for _, row in runs]
+    columns = [column for column in runs[0][2] if any(row[column] for _, _, row in runs)]
+    table = [columns] + [[row[column] for column in columns] for _, _, row in runs]
     escaped = [[re.sub(r"([|\\`*_<\[])", r"\\\1", str(cell)) for cell in row] for row in table]
     escaped.insert(1, ["---"] * len(columns))
     sheet = io.StringIO()
     csv.writer(sheet).writerows(table)
     write_text(f"{out}.md", "".join(f"| {' | '.join(row)} |\n" for row in escaped))
     write_text(f"{out}.csv", sheet.getvalue())
-    write_text(f"{out}.html", page("Runs compared", [("", "runs", [table])]))
+    curves = {row["run"]: fid_by_minute(Path(row["run"])) for _, _, row in runs}
+    curves = {name: points for name, points in curves.items() if points}
+    write_text(f"{out}.html", page("Runs compared", [
+        ("", "runs", [table]), ("FID while training", "plot", [plot_fids(curves)] if curves else [])]))
     differing = ", ".join(map(flag, usual)) or "nothing"
     print(f"{out}.md, .csv, .html: {len(runs)} runs; what differs: {differing}")
 
@@ -1031,7 +1084,8 @@ def parse_args(argv=None):
     add("--compare", nargs="+", metavar="RUN",
         help="instead: one table of these runs, or of the runs in these folders, as comparison.md, .csv and "
              ".html beside the first, or under the name in --out")
-    add("--out", metavar="FILE", help="where the figures go as JSON (default: RUN/metrics.json)")
+    add("--out", metavar="FILE", help="where the figures go as JSON (default: RUN/metrics.json, "
+        "or metrics-NAME.json beside report-NAME.html where --data or --reference NAME is not the run's own)")
     args = parser.parse_args(argv)
     if args.run and not (Path(args.run) / "config.json").exists():
         fail(f"--run {args.run}: not a run (no config.json); train.py makes it")
@@ -1146,6 +1200,14 @@ def training_warnings(status, total, drawn):
     return warned
 
 
+def suffix_of(args, config):
+    """'' where a run is scored against what it was trained on, else '-NAME' of the other real images."""
+    other = args.reference or args.data
+    if not other or args.data and Data(other).meta["fingerprint"] == config["data"]["fingerprint"]:
+        return ""
+    return "-" + re.sub(r"[^\w.-]", "_", Path(other).resolve().name)
+
+
 def score(args):
     """Score a run's samples, or images: metrics.json, report, trackers, and the figures in print."""
     start, run = time.perf_counter(), Path(args.run) if args.run else None
@@ -1174,7 +1236,10 @@ def score(args):
     if record:
         metrics["samples"] = record
     metrics["seconds"] = round(time.perf_counter() - start, 1)
-    target = args.out or (run / "metrics.json" if run else None)
+    suffix = suffix_of(args, config) if run else ""
+    if suffix:
+        metrics["reference"] = args.reference or args.data
+    target = args.out or (run / f"metrics{suffix}.json" if run else None)
     if target:
         write_json(target, metrics)
     for name, value, n_generated, n_real, protocol in figure_rows(metrics):
@@ -1183,10 +1248,12 @@ def score(args):
     for warning in metrics["warnings"]:
         print(f"note: {warning}")
     if run:
-        write_report(run, metrics, config, galleries)
-        track(run, config, metrics)
+        report = run / f"report{suffix}.html"
+        write_report(run, report, metrics, config, galleries)
+        if not suffix:  # a tracker has one figure of a name
+            track(run, config, metrics)
         kind = "texts" if texts else "images"
-        print(f"report: {run / 'report.html'}   figures: {target}   {kind}: {samples}")
+        print(f"report: {report}   figures: {target}   {kind}: {samples}")
 
 
 def main():

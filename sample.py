@@ -5,6 +5,7 @@
     python sample.py --run runs/shapes --text "a small red circle on a white background" --num 8 --grid
     python sample.py --run runs/shapes --num 0 --interpolate 8
     python sample.py --film runs/shapes
+    python sample.py --run runs/shapes --export generator.onnx
 
 A run with --arch seq has RUN/texts.txt instead, a line a text. Image or text i depends on (seed, i) alone: a
 larger --num adds some and leaves the others as they were.
@@ -12,6 +13,7 @@ larger --num adds some and leaves the others as they were.
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -25,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 from tqdm import tqdm
 
 from prepare_data import (EXTENSIONS, Data, Parser, fail, find_device, flag, leave, lines_of,
@@ -44,6 +47,8 @@ def parse_args(argv=None):
     add("--out", metavar="PATH", needs="--run", help="folder of numbered PNGs, or a file ending in .npz "
         "(default: RUN/images); of texts, a file ending in .txt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--export", metavar="FILE", needs="--run", excludes=["--num", "--out", "--grid", "--interpolate"],
+        help="the generator alone for other programs, instead of images: .pt2 for torch, .onnx for others")
     add = parser.group("images")
     add("--num", type=within(0, 10 ** 8, int), help="how many images (default: a caption each, where they "
         "are named, else 64)")
@@ -367,6 +372,81 @@ def write_film(run):
     print(f"{run / 'film.webp'}: {len(frames)} grids")
 
 
+# ---- for other programs ----------------------------------------------------------------------------------
+
+class Drawing(nn.Module):
+    """z (B, noise_dim), condition -> images (B, H, W, C) in [0, 1]; times 255, rounded, sample.py's own."""
+
+    def __init__(self, generator, dial):
+        super().__init__()
+        self.generator, self.dial = generator, dial
+
+    def forward(self, z, condition=None):
+        images = self.generator(z, condition, self.dial).float()
+        return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def inputs_of(drawing, model, n, length):
+    """Seeded inputs of a Drawing by name: n latents, and as many conditions, captions of `length` words."""
+    made, known = torch.Generator().manual_seed(n), model["known"]
+    condition = {"label": lambda: torch.randint(known, (n,), generator=made),
+                 "text": lambda: torch.randint(1, known, (n, length), generator=made),
+                 "vector": lambda: torch.randn(n, known, generator=made)}.get(model["condition"])
+    z = {"z": torch.randn(n, drawing.generator.noise_dim, generator=made)}
+    return z | {"condition": condition()} if condition else z
+
+
+def export_onnx(program, about):
+    """(Bytes of an .onnx file, function from inputs by name to its images under onnxruntime)."""
+    import onnxruntime
+    proto = torch.onnx.export(program, dynamo=True, output_names=["images"], verbose=False).model_proto
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = "about", about
+    data = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return data, lambda inputs: torch.from_numpy(
+        session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
+
+
+def export_pt2(program, about):
+    """(Bytes of a .pt2 file, function from inputs by name to its images, from these bytes)."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"about.json": about})
+    loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    return buffer.getvalue(), lambda inputs: loaded(**inputs)
+
+
+def export(path, generator, saved):
+    """The generator as a file that needs none of these scripts, written if it gives the same images."""
+    out, model = Path(path), saved["model"]
+    if out.suffix not in (".pt2", ".onnx") or not out.parent.is_dir():
+        fail(f"--export {out}: name a file that ends in .pt2 or .onnx, in a folder that is there")
+    if model["arch"] == "seq":
+        fail(f"--export {out}: of generators of images; one of texts (--arch seq) draws word by word")
+    needed = ("onnx", "onnxscript", "onnxruntime") if out.suffix == ".onnx" else ()
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        fail(f"--export {out}: needs packages: pip install {' '.join(missing)}")
+    written = Written(out.parent)
+    written.check(out)
+    drawing = Drawing(generator.to(memory_format=torch.contiguous_format), saved["dial"]).eval()
+    example, kind = inputs_of(drawing, model, 2, 5), model["condition"]
+    axes = {"z": 1, "condition": 2 if kind == "text" else 1}  # how many of them are any length
+    shapes = {name: {axis: torch.export.Dim.DYNAMIC for axis in range(axes[name])} for name in example}
+    about = json.dumps({"condition": kind, "size": model["sizes"][-1], "channels": model["channels"],
+                        "noise_dim": generator.noise_dim, "step": saved["step"],
+                        **{name: saved[name] for name in ("classes", "vocabulary", "text_encoder")}})
+    program = torch.export.export(drawing, (), example, dynamic_shapes=shapes)
+    data, draw = (export_onnx if out.suffix == ".onnx" else export_pt2)(program, about)
+    for n, length in (1, 3), (5, 8):
+        inputs = inputs_of(drawing, model, n, length)
+        apart = (drawing(**inputs) - draw(inputs)).abs().max().item()
+        if not apart <= 1e-4:
+            fail(f"--export {out}: not written, its images differ from the generator's by {apart:.2g}", 1)
+    written.write(out, data)
+    print(f"{out}: (z, condition) -> images in [0, 1], step {saved['step']}")
+
+
 # ---- main ------------------------------------------------------------------------------------------------
 
 def write_texts(args, generator, saved, folder, device):
@@ -469,7 +549,7 @@ def main():
             return
         path = Path(args.run)
         path = path / "generator.pt" if path.is_dir() else path
-        device = find_device(args.device)
+        device = torch.device("cpu") if args.export else find_device(args.device)
         try:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             generator, saved = load_generator(path, device)
@@ -477,7 +557,9 @@ def main():
             fail(f"--run {args.run}: {error.strerror}: {path}; train.py writes it at its first checkpoint")
         except ValueError as error:
             fail(f"--run {error}")
-        if saved["model"]["arch"] == "seq":
+        if args.export:
+            export(args.export, generator, saved)
+        elif saved["model"]["arch"] == "seq":
             write_texts(args, generator, saved, path.parent, device)
         elif args.temperature != 1:
             fail("--temperature: for generators of texts (--arch seq)")

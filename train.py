@@ -470,10 +470,11 @@ class WordAttention(nn.Module):
         self.query, self.value = nn.Conv2d(channels, EMBEDDING, 1), nn.Linear(EMBEDDING, channels)
 
     def forward(self, x, words, mask):
-        query = self.query(x).flatten(2).transpose(1, 2)
-        found = F.scaled_dot_product_attention(query, words.to(query), self.value(words).to(query),
-                                               attn_mask=(mask | ~mask.any(1, keepdim=True)).unsqueeze(1))
-        return x + found.transpose(1, 2).reshape(x.shape)
+        query = self.query(x).flatten(2).mT
+        query, words, value = (part.unsqueeze(1).to(query) for part in (query, words, self.value(words)))
+        mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]
+        found = F.scaled_dot_product_attention(query, words, value, attn_mask=mask)
+        return x + found.squeeze(1).mT.reshape(x.shape)
 
 
 class AllSum(torch.autograd.Function):

@@ -257,6 +257,12 @@ def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     assert metrics["samples"]["seed"] == 0 and weights.name in metrics["fid"]["protocol"]
     kept = np.load(shapes / "fid_60.npz")
     assert kept["mu"].shape == (2048,) and kept["sigma"].shape == (2048, 2048)
+    own = [(run / name).read_bytes() for name in ("metrics.json", "report.html")]
+    other = folder_of(tmp_path / "other set", 12, 40)
+    call("evaluate.py", "--run", run, "--reference", other, "--device", "cpu")
+    assert own == [(run / name).read_bytes() for name in ("metrics.json", "report.html")], "those of the run's own data"
+    apart = json.loads((run / "metrics-other_set.json").read_text())
+    assert apart["reference"] == str(other) and apart["fid"]["n_real"] == 12 and (run / "report-other_set.html").exists()
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64") == 3 + evaluate.GALLERY  # two grids, the curves, samples and neighbours
     assert "Nearest real" in page and "data:image/webp" in page and "--width" in page
@@ -277,7 +283,7 @@ def test_report_escapes(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "<b>run")
     evil = "<script>alert(1)</script>"
     config = {"options": {"data": evil}, "data": {"name": evil}, "hardware": {"device": evil, "platform": evil}}
-    evaluate.write_report(run, {"warnings": [evil]}, config)
+    evaluate.write_report(run, run / "report.html", {"warnings": [evil]}, config)
     page = (run / "report.html").read_text()
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
 

@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, TINY, call, log_of, refused
 from PIL import Image
 
+import evaluate
 
 
 def optional(name):
@@ -143,7 +144,14 @@ def test_comparison(trained, tmp_path):
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(config | {"options": config["options"] | {"out": name} | more}))
     metrics = {"fid": {"value": 12.345, "n_generated": 40, "n_real": 60}, "warnings": []}
-    (runs / "one" / "metrics.json").write_text(json.dumps(metrics))
+    for name, n in (("one", 40), ("two", 50), ("a|b<i>", 40)):
+        other = {"fid": metrics["fid"] | {"n_real": n}, "warnings": []}
+        (runs / name / "metrics.json").write_text(json.dumps(other))
+    log = log_of(trained)
+    (runs / "two" / "fid.jsonl").write_text("".join(json.dumps({"step": line["step"], "fid": 50.0}) + "\n" for line in log))
+    minutes = np.cumsum([line["ms_per_step"] * (line["step"] - before) for line, before in zip(
+        log, [0] + [line["step"] for line in log])]) / 60_000
+    assert np.allclose(evaluate.fid_by_minute(runs / "two"), [(minute, 50) for minute in minutes])
     for name, text in (("foreign", "{}"), ("damaged", "{")):
         (runs / name).mkdir()
         (runs / name / "config.json").write_text(text)
@@ -151,13 +159,14 @@ def test_comparison(trained, tmp_path):
     rows = list(csv.DictReader((runs / "comparison.csv").open()))
     assert [Path(row["run"]).name for row in rows] == ["a|b<i>", "one", "two"]
     assert [row["differs from most"] for row in rows] == ["", "", "--lr-g 0.01"]
-    assert [rows[1][k] for k in ("FID", "generated", "real")] == ["12.35", "40", "60"] and rows[0]["FID"] == ""
+    assert [rows[1][k] for k in ("FID", "generated", "real")] == ["12.35", "40", "40"]
+    assert [row["not comparable"] for row in rows] == ["", "", "other n"]
     last = log_of(trained)[-1]
     assert (rows[0]["loss G"], rows[0]["epochs"]) == (f"{last['loss_g']:.3f}", "3.0")
     table = (runs / "comparison.md").read_text().splitlines()
     assert len(table) == 5 and len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     page = (runs / "comparison.html").read_text()
-    assert page.count("data:image/png;base64") == 3 and "<i>" not in page
+    assert page.count("data:image/png;base64") == 4 and "<i>" not in page  # a grid each, and one's FID by minute
     call("evaluate.py", "--compare", runs / "one", runs / "two", "--out", tmp_path / "pair")
     rows = list(csv.DictReader((tmp_path / "pair.csv").open()))
     assert [row["differs from most"] for row in rows] == ["--lr-g 0.0002", "--lr-g 0.01"]
@@ -187,8 +196,7 @@ def test_changed_options_and_unfinished_runs_in_the_report(trained, tmp_path):
     config = json.loads((run / "config.json").read_text())
     assert config["changed"]["width"] == 8 and config["changed"]["condition"] == "label"
     assert "lr_g" not in config["changed"] and "depth" not in config["changed"]
-    import evaluate
-    evaluate.write_report(run, {"warnings": []}, config, [("Pictures", [(np.zeros((8, 16, 3), np.uint8), "<sample>")])])
+    evaluate.write_report(run, run / "report.html", {"warnings": []}, config, [("Pictures", [(np.zeros((8, 16, 3), np.uint8), "<sample>")])])
     page = (run / "report.html").read_text()
     changed = page[page.index("Options that differ"):page.index("The others")]
     assert "--width" in changed and "--lr-g" not in changed and "&lt;sample&gt;" in page
