@@ -882,7 +882,9 @@ def plot_fids(curves):
             axis.plot(*zip(*other), color="#cccccc", linewidth=0.8)
         axis.plot(*zip(*points), "o-", color="#0072b2", markersize=3, linewidth=1.3)
         axis.set_title(name, fontsize=9, parse_math=False)
-        axis.set(yscale="log", xlabel="minutes of training")
+        axis.set(yscale="log", xlabel="minutes of training", ylabel="FID")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
     return pixels_of_figure(drawing)
 
