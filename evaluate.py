@@ -410,7 +410,7 @@ def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE, seed=0):
 
 
 def neighbour_measures(real, fake, k=NEIGHBOURS):
-    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020): (n, d), (m, d)
+    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020) of (n, d), (m, d).
 
     Each image's ball reaches to its k-th neighbour. `memorised` is the share of generated images that are
     nearer to a real one than that is to any other real one.
@@ -652,7 +652,7 @@ def load_clip(name):
 
 
 def clip_score(model, name, conditions, fake):
-    """100 × cosine of image (n, H, W, 3) and caption in CLIP: Hessel et al. 2021 without the factor 2.5."""
+    """100 × cosine of image (n, H, W, 3) and caption in CLIP: Hessel et al. 2021 without their factor 2.5."""
     image = model.encode([Image.fromarray(pixels) for pixels in fake], normalize_embeddings=True)
     text = model.encode([condition["caption"] for condition in conditions], normalize_embeddings=True)
     cosine = 100 * (image * text).sum(1)
@@ -825,27 +825,35 @@ def gallery(heading, generated, real, entries):
     return heading, items
 
 
-def plot_curves(log):
-    """Losses, D's accuracies, gradient norms, FID over the steps: pixels (H, W, 4) that need no colour."""
+def figure_of(rows, columns, width, height, **shared):
+    """A matplotlib figure and its axes (rows, columns), each of so many inches."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    size = (width * columns, height * rows)
+    drawing, axes = pyplot.subplots(rows, columns, figsize=size, dpi=110, squeeze=False,
+                                    layout="constrained", **shared)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return drawing, axes
+
+
+def plot_curves(log):
+    """Losses, D's accuracies, gradient norms, FID over the steps: pixels (H, W, 4) that need no colour."""
     panels = [("loss", ("loss_g", "G"), ("loss_d", "D")),
               ("accuracy of D", ("acc_real", "real"), ("acc_fake", "fake")),
               ("norm of the gradient", ("grad_norm_g", "G"), ("grad_norm_d", "D"))]
     if any("fid" in line for line in log):
         panels.append(("FID", ("fid", "averaged G")))
-    size = (4 * len(panels), 3.4)
-    drawing, axes = pyplot.subplots(1, len(panels), figsize=size, dpi=110, layout="constrained")
-    for axis, (title, *series) in zip(axes, panels):
+    drawing, axes = figure_of(1, len(panels), 4, 3.4)
+    for axis, (title, *series) in zip(axes[0], panels):
         for (key, name), style, colour in zip(series, ("-", "--"), ("#0072b2", "#d55e00")):
             points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
             axis.plot(*zip(*points) if points else ((), ()), style, color=colour, label=name, linewidth=1.3)
         axis.set(title=title, xlabel="step")
-        axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
-    axes[1].set_ylim(0, 1.02)
-    axes[2].set_yscale("log")
+    axes[0, 1].set_ylim(0, 1.02)
+    axes[0, 2].set_yscale("log")
     return pixels_of_figure(drawing)
 
 
@@ -867,14 +875,8 @@ def fid_by_minute(folder):
 
 def plot_fids(curves):
     """A panel a run of {name: [(minutes, FID)]}, the others behind it in gray: pixels (H, W, 4)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     columns = min(4, len(curves))
-    rows = -(-len(curves) // columns)
-    size = (3.2 * columns, 2.6 * rows)
-    drawing, axes = pyplot.subplots(rows, columns, figsize=size, dpi=110, squeeze=False,
-                                    sharex=True, sharey=True, layout="constrained")
+    drawing, axes = figure_of(-(-len(curves) // columns), columns, 3.2, 2.6, sharex=True, sharey=True)
     for axis in axes.flat[len(curves):]:
         axis.set_axis_off()
     for axis, (name, points) in zip(axes.flat, curves.items()):
@@ -885,7 +887,6 @@ def plot_fids(curves):
         axis.set(yscale="log", xlabel="minutes of training", ylabel="FID")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
-        axis.spines[["top", "right"]].set_visible(False)
     return pixels_of_figure(drawing)
 
 
@@ -1027,12 +1028,18 @@ def usual_values(runs):
     return usual
 
 
+def unusual(values, usual):
+    """The keys of values that are not as usual_values has them."""
+    return [key for key in usual if key in values and json.dumps(values[key]) != usual[key]]
+
+
 def compare(paths, out):
     """One table of runs, in OUT.md, OUT.csv and OUT.html: what differs between them, and how each ended."""
-    runs = []
+    runs, curves = [], {}
     for path in paths:
         for file in sorted([*Path(path).glob("config.json"), *Path(path).glob("*/config.json")]):
             try:
+                curves[str(file.parent)] = fid_by_minute(file.parent)
                 runs.append(read_run(file.parent))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = f"not a whole run of train.py ({type(error).__name__})"
@@ -1040,13 +1047,10 @@ def compare(paths, out):
     if not runs:
         fail(f"--compare {' '.join(paths)}: no run of train.py here (a folder with config.json)")
     usual = usual_values([options for options, _, _ in runs])
-    most = {key: Counter(json.dumps(taken[key]) for _, taken, _ in runs if taken).most_common(1)[0][0]
-            for key in ("data", "n", "protocol") if any(taken for _, taken, _ in runs)}
+    usually_taken = usual_values([taken for _, taken, _ in runs if taken])
     for options, taken, row in runs:
-        apart = [f"other {key}" for key in taken if json.dumps(taken[key]) != most[key]]
-        row["not comparable"] = ", ".join(apart)
-        row["differs from most"] = ", ".join(f"{flag(k)} {options[k]}" for k in usual
-                                             if k in options and json.dumps(options[k]) != usual[k])
+        row["differs from most"] = ", ".join(f"{flag(k)} {options[k]}" for k in unusual(options, usual))
+        row["not comparable"] = ", ".join(f"other {k}" for k in unusual(taken, usually_taken))
     columns = [column for column in runs[0][2] if any(row[column] for _, _, row in runs)]
     table = [columns] + [[row[column] for column in columns] for _, _, row in runs]
     escaped = [[re.sub(r"([|\\`*_<\[])", r"\\\1", str(cell)) for cell in row] for row in table]
@@ -1055,8 +1059,7 @@ def compare(paths, out):
     csv.writer(sheet).writerows(table)
     write_text(f"{out}.md", "".join(f"| {' | '.join(row)} |\n" for row in escaped))
     write_text(f"{out}.csv", sheet.getvalue())
-    curves = {row["run"]: fid_by_minute(Path(row["run"])) for _, _, row in runs}
-    curves = {name: points for name, points in curves.items() if points}
+    curves = {row["run"]: curves[row["run"]] for _, _, row in runs if curves[row["run"]]}
     write_text(f"{out}.html", page("Runs compared", [
         ("", "runs", [table]), ("FID while training", "plot", [plot_fids(curves)] if curves else [])]))
     differing = ", ".join(map(flag, usual)) or "nothing"
