@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +32,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import prepare_data
+
+prepare_data.need("torch", "torchvision", "pytorch_fid", "matplotlib")
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,10 +49,13 @@ from prepare_data import (Data, Parser, fail, find_device, flag, in_a_line, leav
                           why_unread, within, write_json, write_text)
 
 BATCH = 32  # images a pass of Inception
-KEPT = 10_000  # real images whose features are kept for KID
+PART = 2048  # images whose features are kept as one file: a killed call goes on from these
 NEIGHBOURS = 3  # of precision, recall, density and coverage
+DISTANCES = 2 ** 25  # in memory at a time: 128 MiB
+SPARE = 8  # candidates beyond k, found in fp32, of which exact distances choose the k nearest
 KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
 FULL_RANK = 2048  # Inception's features: of fewer images their covariance is singular
+MATCHED = 10_000  # images that are compared with those of their captions
 RIVALS = 99  # of R-precision, beside the image itself
 CLASSIFIED = 20_000  # real images for the small network that names classes; a fifth of them tests it
 CLASS_STEPS = 2000  # of 64 of them: over 99 % of digits right
@@ -157,6 +164,7 @@ def load_inception(path, device):
         if isinstance(module, torchvision.models.inception.BasicConv2d):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), torch.nn.Identity()
     features.classes = network.fc.weight.detach() if network.fc.weight.any() else None
+    features.name = hashlib.sha256(path.read_bytes()).hexdigest()
     return features.requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -282,64 +290,102 @@ def is_plain(path):
         return image.mode in ("RGB", "L") and not odd
 
 
-def inception_features(network, images, device, indices):
-    """Features (n, 2048) float32 of the images at indices (n,), of images as open_images returns them."""
+def digest_of(images, indices, name):
+    """SHA-256 of a name and of the images at indices: of an array's pixels, of a folder's files."""
+    digest = hashlib.sha256(name.encode())
+    for i in indices:
+        digest.update(images[i].read_bytes() if isinstance(images, list) else images[i].tobytes())
+    return digest.hexdigest()
+
+
+def inception_features(network, images, device, indices, folder=None):
+    """Features (n, 2048) float32 of the images at indices (n,), of images as open_images returns them.
+
+    folder: where those of each PART are kept, as HASH.npy, and found again by the hash of the images.
+    """
+    features = np.empty((len(indices), 2048), np.float32)
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # ten bits would show in the FID
+    with tqdm(total=len(indices), unit="img", leave=False, disable=None) as bar, exact:
+        for start in range(0, len(indices), PART):
+            some, out = indices[start:start + PART], features[start:start + PART]
+            if not folder:
+                compute_features(network, images, device, some, out, bar)
+                continue
+            file = Path(folder, f"{digest_of(images, some, network.name)}.npy")
+            try:
+                out[:] = np.load(file)
+                bar.update(len(some))
+            except (OSError, ValueError, EOFError):  # not there, or damaged
+                compute_features(network, images, device, some, out, bar)
+                folder = folder if keep(file, out) else None
+    return features
+
+
+def keep(file, array):
+    """Write an array as a .npy; whether that went well."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with whole_file(file) as whole:
+            np.save(whole, array)
+        return True
+    except OSError as error:
+        print(f"note: features are not kept: {error}", file=sys.stderr)
+        return False
+
+
+def compute_features(network, images, device, indices, out, bar):
+    """Inception's features of the images at indices (n,) into out (n, 2048)."""
     def gather(start):
         return torch.from_numpy(pixels_at(images, indices[start:start + BATCH])).permute(0, 3, 1, 2)
 
-    features = np.empty((len(indices), 2048), np.float32)
-    bar = tqdm(total=len(indices), unit="img", leave=False, disable=None)
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # ten bits would show in the FID
-    with bar, ThreadPoolExecutor(1) as thread, torch.inference_mode(), exact:
+    with ThreadPoolExecutor(1) as thread, torch.inference_mode():
         ahead = thread.submit(gather, 0)
         for start in range(0, len(indices), BATCH):
             x = ahead.result()
             ahead = thread.submit(gather, start + BATCH) if start + BATCH < len(indices) else None
             x = x.to(device).float().div_(255).contiguous(memory_format=torch.channels_last)
-            features[start:start + len(x)] = network(x)[0].flatten(1).cpu().numpy()
+            out[start:start + len(x)] = network(x)[0].flatten(1).cpu().numpy()
             bar.update(len(x))
-    return features
 
 
-def measure_images(network, images, device, indices=None, kind=None):
+def measure_images(network, images, device, indices=None, kind=None, folder=None):
     """{"mu", "sigma", "n", "features"} of images as open_images returns them; of statistics no features."""
     if isinstance(images, dict):
         return images | {"n": None}
     indices = np.arange(len(images)) if indices is None else indices
     if kind:
         print(f"{len(indices)} {kind} images", flush=True)
-    features = inception_features(network, images, device, indices)
+    features = inception_features(network, images, device, indices, folder)
     mu, sigma = statistics(features)
     return {"mu": mu, "sigma": sigma, "n": len(features), "features": features}
 
 
-def real_statistics(network, weights, data, num_real, floor, device):
-    """Features of so many real images (None: all) of a Data, in a seeded order; kept in DATA/fid_*.npz.
+def real_statistics(network, weights, data, num_real, floor, device, features=False):
+    """{"mu" (2048,), "sigma" (2048, 2048), "n"} of so many real images (None: all) of a Data, seeded.
 
-    Returns {"mu" (2048,), "sigma" (2048, 2048), "n", "features" (m, 2048) of the first KEPT, their "rows" in
-    DATA (m,)}, and on request the "floor": the FID of "floor_n" of them against as many others.
+    On request also the "floor": the FID of "floor_n" of them against as many others, and "features" (n, 2048)
+    with their "rows" in DATA. The first are kept in DATA/fid_*.npz, in pytorch-fid's format.
     """
     images, n = data.array("images"), real_count(data, num_real, floor)
     order = np.random.default_rng(0).permutation(len(images))
     path, about = data.folder / f"fid_{n}.npz", f"{data.meta['fingerprint']} {weights.name} in order"
-    kept = {}
+    names, kept = {"mu", "sigma", "n", "floor", "floor_n"}, {}
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as file:
         if str(file["about"]) == about:
-            kept = {key: array if array.ndim else array.item() for key, array in file.items()}
-    real = dict(kept)
-    if not kept:
-        real = measure_images(network, images, device, order[:n], "real")
-        real |= {"features": real["features"][:KEPT], "rows": order[:n][:KEPT], "about": about}
+            kept = {key: file[key] if file[key].ndim else file[key].item() for key in names & set(file.files)}
+
+    def measure(rows, kind=None):
+        return measure_images(network, images, device, rows, kind, data.folder / "features")
+    real = {"rows": order[:n]} | (kept if kept and not features else measure(order[:n], "real") | kept)
     if floor and "floor" not in real:
         m = min(n, len(images) // 2)
         print(f"{m} real images against {m} others", flush=True)
-        one = real if m == n else measure_images(network, images, device, order[:m])
-        other = measure_images(network, images, device, order[m:2 * m])
-        real |= {"floor": fid(one, other), "floor_n": m}
-    if real.keys() != kept.keys():
+        one = real if m == n else measure(order[:m])
+        real |= {"floor": fid(one, measure(order[m:2 * m])), "floor_n": m}
+    if names & real.keys() != kept.keys():
         try:
             with whole_file(path) as file:
-                np.savez(file, **real)
+                np.savez(file, about=about, **{key: real[key] for key in names & real.keys()})
         except OSError as error:
             print(f"note: the statistics are not kept: {error}", file=sys.stderr)
     return real
@@ -376,9 +422,12 @@ def mean_and_std(values):
 
 
 def statistics(features):
-    """Mean (d,) and covariance (d, d) of features (n, d), in float64."""
-    features = features.astype(np.float64)
-    return features.mean(0), np.cov(features, rowvar=False)
+    """Mean (d,) and covariance (d, d) of features (n, d), in float64, a part of them at a time."""
+    mean, sigma = features.mean(0, np.float64), 0
+    for start in range(0, len(features), PART):
+        apart = features[start:start + PART] - mean
+        sigma = sigma + apart.T @ apart
+    return mean, sigma / (len(features) - 1)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -409,34 +458,88 @@ def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE, seed=0):
     return mean_and_std(values)
 
 
+def distances(x, y, what):
+    """Blocks (first row, squared distances (b, m) float32) of features x (n, d) to y (m, d), under a bar."""
+    square = torch.linalg.vector_norm(y, dim=1).square()
+    rows = max(1, min(512, DISTANCES // len(y)))
+    for start in tqdm(range(0, len(x), rows), what, unit_scale=rows, unit="img", leave=False, disable=None):
+        part = x[start:start + rows]
+        own = part.square().sum(1, keepdim=True)
+        yield start, torch.addmm(square[None], part, y.T, alpha=-2).add_(own)
+
+
+def doubt(x, y):
+    """How far squared distances of features (n, d), (m, d) may be off in fp32: ten times what was seen."""
+    return 1e-5 * sum(torch.linalg.vector_norm(z, dim=1).max().square() for z in (x, y))
+
+
+def nearest(x, y, k, what, own=False):
+    """Distances (n, k) float64 of each row of x (n, d) to its k nearest of y (m, d), and their rows (n, k).
+
+    own: x is y, and none is its own neighbour. fp32 finds candidates, exact distances choose among them, and
+    where one that is left out might be nearer all are exact.
+    """
+    found, k, apart = [], min(k, len(y) - own), doubt(x, y)
+    for start, squared in distances(x, y, what):
+        part = x[start:start + len(squared)]
+        if own:
+            squared[:, start:].fill_diagonal_(torch.inf)
+        values, rows, last = choose(squared, part, y, k)
+        for i in (last - apart < values[:, -1].square()).nonzero()[:, 0].split(32):
+            again = torch.cat([torch.cdist(part[i].double(), some.double()) for some in y.split(PART)], 1)
+            if own:
+                again[torch.arange(len(i)), start + i] = torch.inf
+            values[i], rows[i], _ = choose(again, part[i], y, k)
+        found.append((values, rows))
+    return [torch.cat(parts) for parts in zip(*found)]
+
+
+def choose(distance, x, y, k):
+    """Exact distances (b, k) of x to the nearest of y, their rows, and the last distance (b,) looked at.
+
+    Of the k + SPARE candidates that are nearest by distance (b, m); the last is endless where these are all.
+    """
+    near = distance.topk(min(k + SPARE, len(y)), largest=False)
+    exact = (x[:, None].double() - y[near.indices].double()).norm(dim=2)
+    exact[near.values.isinf()] = torch.inf  # the image itself
+    nearest = exact.topk(k, largest=False)
+    last = near.values[:, -1] if near.values.shape[1] < len(y) else torch.full((len(x),), torch.inf).to(x)
+    return nearest.values, near.indices.gather(1, nearest.indices), last
+
+
+def within_radius(squared, x, y, radii, apart):
+    """Whether |x_i - y_j| <= radii_ij (b, m): by squared distances in fp32, and exact where they are near."""
+    gap = squared - radii.square().float()
+    inside = gap <= 0
+    for i, j in (pair.T for pair in (gap.abs() <= apart).nonzero().split(4096)):
+        inside[i, j] = (x[i].double() - y[j].double()).norm(dim=1) <= radii.expand(squared.shape)[i, j]
+    return inside
+
+
 def neighbour_measures(real, fake, k=NEIGHBOURS):
     """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020) of (n, d), (m, d).
 
     Each image's ball reaches to its k-th neighbour. `memorised` is the share of generated images that are
-    nearer to a real one than that is to any other real one.
+    nearer to a real one than that is to any other real one. Also returned: distances (m, k) of the generated
+    images to the nearest real ones, and the rows of these (m, k).
     """
-    real, fake = torch.from_numpy(real).float(), torch.from_numpy(fake).float()
-
-    def to_neighbours(x):  # the first is the image itself
-        return torch.cdist(x, x).fill_diagonal_(0).topk(k + 1, largest=False).values[:, 1:]
-
-    real_radii, fake_radii = to_neighbours(real), to_neighbours(fake)[:, -1]
-    distance = torch.cdist(real, fake)
-    inside = distance <= real_radii[:, -1:]
-    nearest = distance.min(0)
-    return {"precision": inside.any(0).float().mean().item(),
-            "recall": (distance <= fake_radii).any(1).float().mean().item(),
-            "density": inside.sum(0).float().mean().item() / k,
-            "coverage": inside.any(1).float().mean().item(),
-            "memorised": (nearest.values < real_radii[nearest.indices, 0]).float().mean().item()}
-
-
-def nearest_real(real, fake, count=GALLERY, k=NEIGHBOURS):
-    """Of features (n, d), (m, d) the generated ones nearest to real ones, (count,), and those, (count, k)."""
-    distance = torch.cdist(torch.from_numpy(fake), torch.from_numpy(real))
-    near = distance.topk(min(k, len(real)), largest=False)
-    first = near.values[:, 0].argsort()[:count]
-    return first.tolist(), near.indices[first].tolist()
+    real_radii, fake_radii = (nearest(x, x, k, f"neighbours of {name} images", own=True)[0]
+                              for x, name in ((real, "real"), (fake, "generated")))
+    precise, inside_count, apart = [], 0, doubt(fake, real)
+    recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
+    for start, squared in distances(fake, real, "generated images among real ones"):
+        part = fake[start:start + len(squared)]
+        inside = within_radius(squared, part, real, real_radii[None, :, -1], apart)
+        precise.append(inside.any(1))
+        inside_count += inside.sum().item()
+        covered |= inside.any(0)
+        recalled |= within_radius(squared, part, real, fake_radii[start:start + len(part), -1:], apart).any(0)
+    near, rows = nearest(fake, real, k, "nearest real images")
+    return {"precision": torch.cat(precise).double().mean().item(),
+            "recall": recalled.double().mean().item(),
+            "density": inside_count / (k * len(fake)),
+            "coverage": covered.double().mean().item(),
+            "memorised": (near[:, 0] < real_radii[rows[:, 0], 0]).double().mean().item()}, near, rows
 
 
 def inception_score(features, classes, splits=10):
@@ -444,18 +547,20 @@ def inception_score(features, classes, splits=10):
 
     Without the classifier's bias, as TensorFlow's original has it.
     """
-    order = np.random.default_rng(0).permutation(len(features))
-    log_p = (torch.from_numpy(features[order]).double() @ classes.T.cpu().double()).log_softmax(1)
-    scores = [(part.exp() * (part - part.exp().mean(0).log())).sum(1).mean().exp().item()
-              for part in log_p.chunk(splits)]
+    order, scores = torch.from_numpy(np.random.default_rng(0).permutation(len(features))), []
+    for rows in order.chunk(splits):
+        log_p = (torch.from_numpy(features[rows.numpy()]).double() @ classes.T.cpu().double()).log_softmax(1)
+        scores.append((log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1).mean().exp().item())
     return mean_and_std(scores)
 
 
-def image_figures(fake, real, classes, weights, source):
+def image_figures(fake, real, classes, weights, source, device):
     """FID of two sets as measure_images or real_statistics returns them, and what their features allow.
 
     classes: Inception's classifier, or None; weights, source: names of its weights and of the real images.
+    Also returned: [(generated image, rows of the nearest real ones)] of the GALLERY that come closest.
     """
+    closest = []
     found = figures({"fid": fid(fake, real)}, fake["n"], real["n"], weights=weights, real=source)
     if "features" in fake and "features" in real:
         n, n_real = fake["n"], len(real["features"])
@@ -463,14 +568,17 @@ def image_figures(fake, real, classes, weights, source):
         kid = kernel_distance(fake["features"], real["features"], size=size)
         found |= figures({"kid": kid}, n, n_real, size=size)
         if min(n, n_real) > NEIGHBOURS:
-            n = min(n, KEPT)
-            found |= figures(neighbour_measures(real["features"], fake["features"][:n]), n, n_real)
+            where = "cpu" if device.type == "mps" else device  # which has no float64
+            measured, near, rows = neighbour_measures(*(torch.from_numpy(x["features"]).to(where)
+                                                        for x in (real, fake)))
+            found |= figures(measured, n, n_real)
+            closest = [(i, rows[i].tolist()) for i in near[:, 0].argsort()[:GALLERY].tolist()]
     if "features" in fake and classes is not None:
         found |= figures({"inception_score": inception_score(fake["features"], classes)}, fake["n"])
     if "floor" in real:
         n_real = f"{real['floor_n']} against as many others"
         found |= figures({"floor": real["floor"]}, n_real=n_real, weights=weights, real=source)
-    return found
+    return found, closest
 
 
 # ---- classes, by a small network ---------------------------------------------------------------------------
@@ -579,6 +687,9 @@ def matching(conditions, fake, real, network, images, device, told="captions of 
     """
     # a row's first image speaks for it
     rows, numbers = np.unique([condition["row"] for condition in conditions], return_index=True)
+    if len(rows) > MATCHED:
+        some = np.random.default_rng(0).choice(len(rows), MATCHED, replace=False)
+        rows, numbers = rows[some], numbers[some]
     position = {row: i for i, row in enumerate(real["rows"].tolist())}
     kept = np.array([row in position for row in rows.tolist()])
     if kept.sum() >= min(len(rows), 1000):
@@ -666,10 +777,8 @@ def bleu(texts, references_of, orders=BLEU_ORDERS):
 
     references_of: a function of a text's number to the token lists that it is held against.
     """
-    try:
-        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-    except ImportError:
-        fail("BLEU needs a package: pip install nltk")
+    prepare_data.need("nltk")
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     weights, smooth = [[1 / n] * n for n in orders], SmoothingFunction().method1
     scores = [sentence_bleu(references_of(i), text, weights, smooth) for i, text in enumerate(texts)]
     return dict(zip(orders, np.mean(scores, 0).tolist()))
@@ -756,6 +865,11 @@ figure { margin: 0; flex: 1 1 18rem; }
 .plot img { min-width: 44rem; image-rendering: auto; background: #fff; }
 .warn p { border-left: 4px solid #c80; padding-left: .8rem; }
 body:has(.runs) { max-width: none; } .runs td { white-space: nowrap; }
+.runs input { font: inherit; padding: .3rem .6rem; margin-bottom: 1rem; }
+.runs button { font: inherit; font-weight: bold; padding: 0; border: 0; background: none; cursor: pointer;
+               color: inherit; }
+th[aria-sort=ascending] button::after { content: " ↑"; }
+th[aria-sort=descending] button::after { content: " ↓"; }
 .runs .broad { white-space: normal; min-width: 12rem; max-width: 20rem; }
 @media print { body { margin: 0; } h2 { break-after: avoid; } figure, img { break-inside: avoid; } }
 """
@@ -785,7 +899,7 @@ def table_cell(value):
     return f"<td{' class=broad' if broad else ''}>{content}</td>"
 
 
-def page(title, sections):
+def page(title, sections, script=""):
     """HTML that needs no other file. A section is (heading, style, items); without items it is left out.
 
     An item is a text, a picture as embed takes it, (picture, caption), or a list of rows, the first the head.
@@ -808,7 +922,7 @@ def page(title, sections):
             parts.append(f'<div class="{style}">{"".join(render(item, heading) for item in items)}</div>')
     return ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style>{''.join(parts)}</html>\n")
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style>{''.join(parts)}{script}</html>\n")
 
 
 def gallery(heading, generated, real, entries):
@@ -981,39 +1095,73 @@ def track(run, config, metrics):
 
 # ---- runs side by side -----------------------------------------------------------------------------------
 
+SORTED = """<script>
+for (const table of document.querySelectorAll(".runs table")) {
+    const heads = [...table.rows[0].cells], rows = [...table.rows].slice(1);
+    heads.forEach((head, column) => {
+        const button = document.createElement("button");
+        button.append(...head.childNodes);
+        head.append(button);
+        button.onclick = () => {
+            const sign = head.ariaSort == "ascending" ? -1 : 1;
+            heads.forEach(other => other.ariaSort = "none");
+            head.ariaSort = sign == 1 ? "ascending" : "descending";
+            rows.sort((a, b) => {
+                const [p, q] = [a, b].map(row => row.cells[column].textContent);
+                if (!p || !q) return !p - !q;  // what is missing comes last
+                return sign * (isNaN(p) || isNaN(q) ? p.localeCompare(q, "en", {numeric: true}) : p - q);
+            });
+            rows.forEach(row => row.parentNode.append(row));
+        };
+    });
+    const search = document.createElement("input");
+    Object.assign(search, {type: "search", placeholder: "only rows with …", ariaLabel: "only rows with"});
+    search.oninput = () => {
+        const words = search.value.toLowerCase().split(" ");
+        const has = row => words.every(word => row.textContent.toLowerCase().includes(word));
+        rows.forEach(row => row.hidden = !has(row));
+    };
+    table.parentNode.before(search);
+}
+</script>"""
+
+
 def read_run(folder):
-    """(options, how its figures were taken, row of the comparison) of a run.
+    """(options of a run, [(how figures were taken, row of the comparison)]): its own figures, then others.
 
     ValueError, KeyError or TypeError where it is not whole.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     data, hardware = config["data"], config["hardware"]
     options = config["options"] | {"data": f"{data['name']} {data['fingerprint'][:8]}"}
-    scored = figures_of(read_or_empty(folder / "metrics.json"))
-    first = scored.get("fid") or scored.get("bleu_2") or {}
     log, status = read_lines(folder / "log.jsonl"), read_status(folder)
-    last = log[-1] if log else {}
+    last, found = log[-1] if log else {}, []
 
     def number(value, digits=3):
         return "" if value is None else f"{value:.{digits}f}"
 
-    measured = {}
-    for key in COMPARED:
-        name, digits, _ = MEASURES[key]
-        measured[name] = number(scored.get(key, {}).get("value"), digits)
-    taken = {"data": data["fingerprint"], "n": [first.get("n_generated"), first.get("n_real")],
-             "protocol": first.get("protocol")} if first else {}
-    return options, taken, {
-        "run": str(folder),
-        "sample": folder / "grids" / ("latest.txt" if options["arch"] == "seq" else "latest.png"),
-        "differs from most": "", **measured, "not comparable": "",
-        "generated": first.get("n_generated") or "", "real": first.get("n_real") or "",
-        "epochs": number(last.get("epoch"), 1),
-        "loss G": number(last.get("loss_g")), "loss D": number(last.get("loss_d")),
-        "batch": options["batch_size"], "lr G": options["lr_g"], "lr D": options["lr_d"],
-        "latent": options["latent_dim"], "time": training_time(log),
-        "hardware": f"{config['processes']} × {hardware['name']}, {hardware['cores']} cores",
-        "date": status["time"][:10], "state": status["state"]}
+    for file in [folder / "metrics.json", *sorted(folder.glob("metrics-*.json"))]:
+        metrics = read_or_empty(file)
+        scored, reference = figures_of(metrics), metrics.get("reference", options["data"])
+        first = scored.get("fid") or scored.get("bleu_2") or {}
+        measured = {MEASURES[key][0]: number(scored.get(key, {}).get("value"), MEASURES[key][1])
+                    for key in COMPARED}
+        taken = {"n": [first.get("n_generated"), first.get("n_real")],
+                 "protocol": first.get("protocol", "").split("; real:")[0]} if first else {}
+        if not metrics and file.name != "metrics.json":
+            continue  # damaged
+        found.append((taken, {
+            "run": str(folder),
+            "sample": folder / "grids" / ("latest.txt" if options["arch"] == "seq" else "latest.png"),
+            "differs from most": "", **measured, "not comparable": "", "against": reference if first else "",
+            "generated": first.get("n_generated") or "", "real": first.get("n_real") or "",
+            "epochs": number(last.get("epoch"), 1),
+            "loss G": number(last.get("loss_g")), "loss D": number(last.get("loss_d")),
+            "batch": options["batch_size"], "lr G": options["lr_g"], "lr D": options["lr_d"],
+            "latent": options["latent_dim"], "minutes": number(minutes_of(log)[1][-1], 1),
+            "hardware": f"{config['processes']} × {hardware['name']}, {hardware['cores']} cores",
+            "date": status["time"][:10], "state": status["state"]}))
+    return options, found
 
 
 def usual_values(runs):
@@ -1039,29 +1187,37 @@ def compare(paths, out):
     for path in paths:
         for file in sorted([*Path(path).glob("config.json"), *Path(path).glob("*/config.json")]):
             try:
-                curves[str(file.parent)] = fid_by_minute(file.parent)
-                runs.append(read_run(file.parent))
+                curve, run = fid_by_minute(file.parent), read_run(file.parent)
+                curves |= {str(file.parent): curve} if curve else {}
+                runs.append(run)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = f"not a whole run of train.py ({type(error).__name__})"
                 print(f"note: {file.parent} is left out, {reason}", file=sys.stderr)
     if not runs:
         fail(f"--compare {' '.join(paths)}: no run of train.py here (a folder with config.json)")
-    usual = usual_values([options for options, _, _ in runs])
-    usually_taken = usual_values([taken for _, taken, _ in runs if taken])
-    for options, taken, row in runs:
-        row["differs from most"] = ", ".join(f"{flag(k)} {options[k]}" for k in unusual(options, usual))
-        row["not comparable"] = ", ".join(f"other {k}" for k in unusual(taken, usually_taken))
-    columns = [column for column in runs[0][2] if any(row[column] for _, _, row in runs)]
-    table = [columns] + [[row[column] for column in columns] for _, _, row in runs]
+    usual = usual_values([options for options, _ in runs])
+    taken_as = [(row["against"], taken) for _, found in runs for taken, row in found if taken]
+    common = Counter(against for against, _ in taken_as).most_common(1)
+    usually_taken = usual_values([taken for against, taken in taken_as if against == common[0][0]])
+    rows = []
+    for options, found in runs:
+        for taken, row in found:
+            row["differs from most"] = ", ".join(f"{flag(k)} {options[k]}" for k in unusual(options, usual))
+            row["not comparable"] = ", ".join(f"other {k}" for k in unusual(taken, usually_taken))
+            if taken and row["against"] != common[0][0]:
+                row["not comparable"] = "other reference"
+            rows.append(row)
+    columns = [column for column in rows[0] if any(row[column] for row in rows)]
+    table = [columns] + [[row[column] for column in columns] for row in rows]
     escaped = [[re.sub(r"([|\\`*_<\[])", r"\\\1", str(cell)) for cell in row] for row in table]
     escaped.insert(1, ["---"] * len(columns))
     sheet = io.StringIO()
     csv.writer(sheet).writerows(table)
     write_text(f"{out}.md", "".join(f"| {' | '.join(row)} |\n" for row in escaped))
     write_text(f"{out}.csv", sheet.getvalue())
-    curves = {row["run"]: curves[row["run"]] for _, _, row in runs if curves[row["run"]]}
-    write_text(f"{out}.html", page("Runs compared", [
-        ("", "runs", [table]), ("FID while training", "plot", [plot_fids(curves)] if curves else [])]))
+    plots = [plot_fids(curves)] if curves else []
+    sections = [("", "runs", [table]), ("FID while training", "plot", plots)]
+    write_text(f"{out}.html", page("Runs compared", sections, SORTED))
     differing = ", ".join(map(flag, usual)) or "nothing"
     print(f"{out}.md, .csv, .html: {len(runs)} runs; what differs: {differing}")
 
@@ -1148,19 +1304,20 @@ def score_images(args, images, run, config, record):
     weights = find_weights(args.weights)
     network = load_inception(weights, device)
 
-    fake = measure_images(network, generated, device, kind="generated")
+    fake = measure_images(network, generated, device, kind="generated", 
+                          folder=f"{images}.features" if run and not args.images else None)
     if data:
-        real = real_statistics(network, weights, data, args.num_real, args.floor, device)
+        real = real_statistics(network, weights, data, args.num_real, args.floor, device, True)
     else:
         real = measure_images(network, reference, device, kind="real")
     source = data.folder if data else args.reference
-    found = image_figures(fake, real, network.classes, weights.name, source)
+    found, closest = image_figures(fake, real, network.classes, weights.name, source, device)
     warned, galleries = [], []
-    if run and data and "precision" in found:
-        heading = "Nearest real images of the {} samples that come closest to any, in Inception's features"
-        entries = [(i, real["rows"][near], f"sample {i}, and real ones")
-                   for i, near in zip(*nearest_real(real["features"], fake["features"][:KEPT]))]
-        galleries.append(gallery(heading.format(GALLERY), generated, data.array("images"), entries))
+    if run and data and closest:
+        heading = (f"Nearest real images of the {GALLERY} samples that come closest to any, in Inception's "
+                   "features")
+        entries = [(i, real["rows"][near], f"sample {i}, and real ones") for i, near in closest]
+        galleries.append(gallery(heading, generated, data.array("images"), entries))
     if conditions and "row" not in conditions[0]:
         warned.append("drawn for captions of your own choice: the FID compares them with all of the data, "
                       "and how well they match is not measured")
@@ -1224,7 +1381,8 @@ def score(args):
         if texts and getattr(args, name):
             fail(f"{flag(name)}: not for a run of texts")
     names = ["texts.txt"] if texts else ["images", "images.npz"]
-    samples = args.images or next((run / name for name in names if (run / name).exists()), None)
+    own = next((run / name for name in names if (run / name).exists()), None) if run else None
+    samples = Path(args.images) if args.images else own
     if samples is None:
         fail(f"{run / names[0]} is not there: python sample.py --run {run} --num 2048")
     record = read_or_empty(run / "texts.json" if texts else f"{samples}.json")
@@ -1259,6 +1417,7 @@ def score(args):
             track(run, config, metrics)
         kind = "texts" if texts else "images"
         print(f"report: {report}   figures: {target}   {kind}: {samples}")
+        shutil.rmtree(f"{own}.features", ignore_errors=True)
 
 
 def main():

@@ -19,6 +19,7 @@ import errno
 import functools
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -43,6 +44,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+
+def need(*packages):
+    """One line and status 2 where a package is missing; the scripts call it before they import any."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        name = Path(sys.argv[0]).name
+        print(f"{name}: {', '.join(missing)} not installed: pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(2)
+
+
+need("numpy", "PIL", "tqdm")
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageDraw, ImageOps
 from tqdm import tqdm
@@ -468,6 +480,7 @@ def shapes_source(args):
 
 def load_torchvision(name, root):
     """One of torchvision's sets, read from the folder root or downloaded to it."""
+    need("torchvision")
     from torchvision import datasets
     dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
                      "cifar10": datasets.CIFAR10, "celeba": datasets.CelebA}[name]
@@ -1002,6 +1015,7 @@ def tokenize(captions, max_words=MAX_WORDS, known=None):
     return tokens, vocabulary, cut, max(0, len(counts) - MAX_VOCABULARY)
 
 
+@functools.cache
 def load_text_encoder(name):
     """A sentence-transformers model, by name or folder."""
     try:
@@ -1456,7 +1470,7 @@ def source_options(args):
 
 
 def cores():
-    """Processors this process may use."""
+    """CPUs that this process may use; a queue gives fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

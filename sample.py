@@ -6,24 +6,32 @@
     python sample.py --run runs/shapes --num 0 --interpolate 8
     python sample.py --film runs/shapes
     python sample.py --run runs/shapes --export generator.onnx
+    python sample.py --run runs/digits --explore
 
 A run with --arch seq has RUN/texts.txt instead, a line a text. Image or text i depends on (seed, i) alone: a
 larger --num adds some and leaves the others as they were.
 """
 
+import base64
 import contextlib
 import hashlib
+import html
 import importlib.util
 import io
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import prepare_data
+
+prepare_data.need("torch")
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -38,6 +46,9 @@ from train import latents, load_generator, make_grid, to_pixels, to_texts
 BLOCK = 64  # images a pass, always: another number would round the last bits another way
 FRAMES = 12  # of the animation, from one point of a walk to the next
 FILM = 200  # frames of a film at most
+PLANE = 9  # images along each side of the plane of --explore
+ROWS = 10  # classes or captions of --explore, unless they are named
+LEVELS = (None, 2, 1.5, 1, 0.5)  # of --truncation in --explore
 
 
 def parse_args(argv=None):
@@ -47,8 +58,13 @@ def parse_args(argv=None):
     add("--out", metavar="PATH", needs="--run", help="folder of numbered PNGs, or a file ending in .npz "
         "(default: RUN/images); of texts, a file ending in .txt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--export", metavar="FILE", needs="--run", excludes=["--num", "--out", "--grid", "--interpolate"],
-        help="the generator alone for other programs, instead of images: .pt2 for torch, .onnx for others")
+    add("--export", metavar="FILE", needs="--run", excludes=["--num", "--out", "--grid", "--interpolate",
+        "--seed", "--labels", "--text", "--text-file", "--data", "--held-out", "--truncation", "--at"], help=
+        "the generator alone for other programs, instead of images: .pt2 for torch, .onnx for others")
+    add("--explore", action="store_true", needs="--run", excludes=["--num", "--out", "--grid",
+        "--interpolate", "--export", "--truncation", "--at"], help="instead of images a page to play with, "
+        "explore.html in RUN: a plane between four latents for each of the classes or captions (default: "
+        f"the first {ROWS}), at several truncations")
     add = parser.group("images")
     add("--num", type=within(0, 10 ** 8, int), help="how many images (default: a caption each, where they "
         "are named, else 64)")
@@ -64,6 +80,8 @@ def parse_args(argv=None):
         "of the images that prepare_data.py --holdout kept out of training")
     add("--truncation", type=within(1e-6, 100), help="largest |z|, from a truncated normal: below 2, safer "
         "images that vary less")
+    add("--at", type=point, metavar="X,Y", excludes="--interpolate", help="all of this point of the plane of "
+        "--explore: X to the right, Y down, from 0 to 1")
     add("--temperature", type=within(0.01, 100), default=1.0, help="of texts: below 1, likelier words that "
         "vary less")
     add = parser.group("pictures, in RUN or in the folder of --out")
@@ -83,6 +101,12 @@ def parse_args(argv=None):
     if args.grid == 0:
         args.grid = min(64, args.num or 64)
     return args
+
+
+def point(text):
+    """'0.25,1' -> [0.25, 1.0]; an argparse type."""
+    x, y = map(within(0, 1), text.split(","))
+    return [x, y]
 
 
 def lines_told(file):
@@ -122,6 +146,11 @@ def slerp(a, b, share):
     if angle.sin().abs() < 1e-6:
         return torch.lerp(a, b, share)
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+
+
+def in_plane(corners, x, y):
+    """The latent at (x, y) between four (4, dim), the first two above: by slerp, first along x."""
+    return slerp(slerp(corners[0], corners[1], x), slerp(corners[2], corners[3], x), y)
 
 
 def parse_labels(text, classes):
@@ -199,9 +228,8 @@ def encode_texts(told, saved):
     return tokens
 
 
-def find_conditions(args, saved, folder):
-    """(numbers of images -> conditions or None, number -> what to note, DATA if that names its rows)."""
-    kind = saved["model"]["condition"]
+def check_conditions(args, kind):
+    """Refuse what the call asks of a generator of another kind of condition."""
     if (args.told or args.data) and kind not in ("text", "vector"):
         option = "--text" if args.text else "--text-file" if args.told else "--data"
         fail(f"{option}: this generator was trained without captions (train.py --condition text)")
@@ -209,6 +237,12 @@ def find_conditions(args, saved, folder):
         fail("--labels: this generator was trained without classes (train.py --condition label)")
     if args.held_out and kind not in ("text", "vector"):
         fail("--held-out: this generator was trained without captions (train.py --condition text)")
+
+
+def find_conditions(args, saved, folder):
+    """(numbers of images -> conditions or None, number -> what to note, DATA if that names its rows)."""
+    kind = saved["model"]["condition"]
+    check_conditions(args, kind)
     if kind == "none":
         return lambda numbers: None, lambda i: {}, None
     if kind == "label":
@@ -297,6 +331,7 @@ def animate(frames, duration):
 
 def captioned(notes, pixels, real):
     """A picture of images with their captions below them, and beside each the real image of that caption."""
+    prepare_data.need("matplotlib")
     import matplotlib  # for its font, which has more letters than Pillow's
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 10)
     side, width, height, columns = 96, 216, 150, min(4, len(notes))
@@ -447,11 +482,168 @@ def export(path, generator, saved):
     print(f"{out}: (z, condition) -> images in [0, 1], step {saved['step']}")
 
 
+# ---- a page to play with ---------------------------------------------------------------------------------
+
+EXPLORE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>TITLE</title>
+<style>
+:root { color-scheme: light dark; --line: #8885; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 1rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere; }
+main { display: grid; gap: 1rem 1.5rem;
+       grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
+.drawn { image-rendering: pixelated; aspect-ratio: 1; outline: 1px solid var(--line); }
+#plane { position: relative; touch-action: none; cursor: crosshair; background-size: 100% 100%; }
+#here { position: absolute; outline: 2px solid #000; box-shadow: 0 0 0 4px #fff; pointer-events: none; }
+#rows[hidden] { display: none; }
+#rows { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)); border: 0;
+        padding: 0; margin: 1rem 0; font-size: .85rem; line-height: 1.25; }
+#rows input { margin-left: 0; } #rows .drawn { margin-bottom: .3rem; }
+#rows label:has(:checked) .drawn { outline: 3px solid AccentColor; outline: 3px solid Highlight; }
+:focus-visible { outline: 3px solid Highlight; outline-offset: 3px; }
+label { overflow-wrap: anywhere; } #level { width: 100%; }
+code { display: block; overflow-wrap: anywhere; padding: .6rem; background: #8882; }
+button { font: inherit; padding: .4rem 1rem; margin: .6rem 0; }
+</style>
+<h1>TITLE</h1>
+<main>
+<div><div id="plane" class="drawn" tabindex="0" role="application"
+    aria-label="Plane between four latents: arrow keys move"><div id="here"></div></div>
+<p>Between four latents, one in each corner. Point at it; a click, or the arrow keys, keep a place.</p></div>
+<div><div id="large" class="drawn" role="img"></div>
+<label>Truncation: <output id="cut"></output><input id="level" type="range" min="0" step="1"></label></div>
+</main>
+<fieldset id="rows"></fieldset>
+<code id="command"></code>
+<button id="copy">Copy the command that draws this image</button> <output id="copied"></output>
+<script>
+const page = PAGE;
+const $ = id => document.getElementById(id);
+const last = page.side - 1;
+let x = 0, y = 0, row = 0, level = 0, kept = [last / 2, last / 2];
+const tiles = page.rows.map((entry, i) => {
+    const label = document.createElement("label"), input = document.createElement("input");
+    const tile = document.createElement("div");
+    Object.assign(input, {type: "radio", name: "row", checked: i == 0});
+    input.onchange = () => { row = i; change(); };
+    tile.className = "drawn";
+    label.append(tile, input, entry.name);
+    $("rows").append(label);
+    return tile;
+});
+const images = [...tiles, $("large")];  // each shows one cell of its sheet
+images.forEach(image => image.style.backgroundSize = `${100 * page.side}%`);
+$("rows").hidden = tiles.length == 1;
+$("level").max = page.levels.length - 1;
+$("level").value = 0;
+
+function change() {  // another row or truncation: other sheets
+    const sheet = i => `url(${page.rows[i].sheets[level]})`;
+    tiles.forEach((tile, i) => tile.style.backgroundImage = sheet(i));
+    $("large").style.backgroundImage = $("plane").style.backgroundImage = sheet(row);
+    $("large").ariaLabel = page.rows[row].name || "generated image";
+    $("cut").value = page.levels[level] ?? "none";
+    move(x, y);
+}
+
+function move(toX, toY) {
+    [x, y] = [toX, toY].map(v => Math.min(last, Math.max(0, v)));
+    images.forEach(image => image.style.backgroundPosition = `${100 * x / last}% ${100 * y / last}%`);
+    const part = 100 / page.side;
+    $("here").style = `left: ${x * part}%; top: ${y * part}%; width: ${part}%; height: ${part}%`;
+    $("command").textContent = page.rows[row].command + ` --at ${x / last},${y / last}`
+        + (page.levels[level] ? ` --truncation ${page.levels[level]}` : "");
+    $("copied").value = "";
+}
+
+$("plane").onpointermove = $("plane").onpointerdown = event => {
+    const box = $("plane").getBoundingClientRect();
+    move(Math.floor((event.clientX - box.left) / box.width * page.side),
+         Math.floor((event.clientY - box.top) / box.height * page.side));
+    if (event.buttons) kept = [x, y];
+};
+$("plane").onpointerleave = () => move(...kept);
+$("plane").onkeydown = event => {
+    const step = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
+    if (!step) return;
+    event.preventDefault();
+    move(x + step[0], y + step[1]);
+    kept = [x, y];
+};
+$("level").oninput = () => { level = +$("level").value; change(); };
+$("copy").onclick = async () => {
+    try {
+        await navigator.clipboard.writeText($("command").textContent);
+        $("copied").value = "Copied.";
+    } catch {
+        getSelection().selectAllChildren($("command"));
+        $("copied").value = "Selected: copy it with your keys.";
+    }
+};
+move(...kept);
+change();
+</script>
+</html>
+"""
+
+
+def explored(args, saved, folder):
+    """[(name, options of sample.py that ask for it, condition (1, …) or None)]: the rows of the page."""
+    kind, classes = saved["model"]["condition"], saved["classes"]
+    check_conditions(args, kind)
+    if kind == "none":
+        return [("", [], None)]
+    if kind == "label":
+        numbers = range(min(len(classes), ROWS))
+        if args.labels is not None:
+            numbers = parse_labels(args.labels, classes)
+        elif len(classes) > ROWS:
+            print(f"sample.py: the first {ROWS} of {len(classes)} classes; --labels takes others")
+        words = [str(i) if "," in classes[i] else classes[i] for i in numbers]
+        return [(classes[i], [f"--labels={word}"], torch.tensor([i])) for i, word in zip(numbers, words)]
+    if args.told:
+        return [(told[0], [f"--text={told[0]}"], encode_texts([told], saved)) for told in args.told]
+    conditions, note, _ = find_conditions(args, saved, folder)
+    rows = {note(i)["caption"]: conditions([i]) for i in range(10 * ROWS)}
+    if kind == "text":  # as --text has them: no padding, and one of its words is known
+        rows = {text: ids[:, :(ids > 0).sum()].long() for text, ids in rows.items() if (ids > 1).any()}
+    return [(text, [f"--text={text}"], condition) for text, condition in list(rows.items())[:ROWS]]
+
+
+def explore(args, generator, saved, folder, device):
+    """FOLDER/explore.html, which needs no other file: sheets of the plane, one a row and a truncation."""
+    out, written, rows = folder / "explore.html", Written(folder), []
+    written.check(out)
+    z = latents(args.seed, range(4), generator.noise_dim)
+    shares = [i / (PLANE - 1) for i in range(PLANE)]
+    side = saved["model"]["sizes"][-1]  # beyond 32 not bit for bit, beyond 128 reduced, or the page is large
+    for name, options, condition in tqdm(explored(args, saved, folder), unit="row", disable=None):
+        sheets = []
+        for level in LEVELS:
+            corners = truncated(z, level) if level else z
+            points = torch.stack([in_plane(corners, x, y) for y in shares for x in shares])
+            conditions = None if condition is None else condition.expand(len(points), *condition.shape[1:])
+            pixels = generate(generator, points, conditions, saved["dial"], device)
+            sheet = make_grid(pixels, PLANE).reduce(-(-side // 128))
+            sheet = encode(sheet, "WEBP", lossless=side <= 32, quality=90)
+            sheets.append(f"data:image/webp;base64,{base64.b64encode(sheet).decode()}")
+        command = ["python", "sample.py", "--run", args.run, "--seed", args.seed, *options, "--num", 1,
+                   "--out", folder / "point"]
+        rows.append({"name": name, "command": shlex.join(map(str, command)), "sheets": sheets})
+    content = json.dumps({"side": PLANE, "levels": LEVELS, "rows": rows}).replace("<", "\\u003c")
+    title = html.escape(f"What {folder.resolve().name} draws at step {saved['step']}")
+    parts = {"TITLE": title, "PAGE": content}
+    written.write(out, re.sub("TITLE|PAGE", lambda match: parts[match[0]], EXPLORE))
+    print(f"{out}: {plural(len(rows), 'row')}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+
 # ---- main ------------------------------------------------------------------------------------------------
 
 def write_texts(args, generator, saved, folder, device):
     """texts.txt, a line each, and texts.json: how they were asked for, how likely G finds unseen ones."""
-    for name in ("labels", "text", "text_file", "held_out", "truncation", "grid", "interpolate"):
+    for name in ("labels", "text", "text_file", "held_out", "truncation", "at", "grid", "interpolate",
+                 "explore"):
         if getattr(args, name):
             fail(f"{flag(name)}: not for a generator of texts")
     out, texts = Path(args.out or folder / "texts.txt"), []
@@ -494,8 +686,9 @@ def write_pictures(args, generator, saved, digest, folder, device):
     record, notes = (out.with_name(out.name + suffix) for suffix in (".json", ".jsonl"))
     folder, written = out.parent, Written(out.parent)
     request = {"num": args.num, "seed": args.seed, "labels": args.labels, "truncation": args.truncation,
-               "text": args.text, "text_file": args.text_file, "data": str(data.folder) if data else None,
-               "held_out": args.held_out, "generator": digest, "step": saved["step"]}
+               "at": args.at, "text": args.text, "text_file": args.text_file,
+               "data": str(data.folder) if data else None, "held_out": args.held_out, "generator": digest,
+               "step": saved["step"]}
     done = False
     with contextlib.suppress(OSError, ValueError):
         files = [out] if out.suffix == ".npz" else [out / f"{i:06d}.png" for i in range(args.num)]
@@ -504,8 +697,9 @@ def write_pictures(args, generator, saved, digest, folder, device):
     written.check(*[folder / "grid.png"] * bool(args.grid))
 
     def latents_of(numbers):
-        z = latents(args.seed, numbers, generator.noise_dim)
-        return truncated(z, args.truncation) if args.truncation else z
+        z = latents(args.seed, range(4) if args.at else numbers, generator.noise_dim)
+        z = truncated(z, args.truncation) if args.truncation else z
+        return in_plane(z, *args.at).expand(len(numbers), -1) if args.at else z
 
     def draw(z, condition):
         return generate(generator, z, condition, saved["dial"], device)
@@ -563,6 +757,8 @@ def main():
             write_texts(args, generator, saved, path.parent, device)
         elif args.temperature != 1:
             fail("--temperature: for generators of texts (--arch seq)")
+        elif args.explore:
+            explore(args, generator, saved, path.parent, device)
         else:
             write_pictures(args, generator, saved, digest, path.parent, device)
     except OSError as error:

@@ -30,6 +30,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import prepare_data
+
+prepare_data.need("torch")
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -38,7 +41,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, fail, find_device, flag, in_a_line, lock,
+from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, cores, fail, find_device, flag, in_a_line, lock,
                           on_signals, read_lines, status_of, steady_output, whole_file, within, write_json,
                           write_text)
 
@@ -1741,9 +1744,14 @@ class Watch:
               f"{len(data.rows)} {data.unit}; steps {state.step} to {run.total}, batch {batch}; "
               f"{run.device} × {run.world}, {precision(run)}"
               + (f"; going on from {path}" if path else ""), flush=True)
-        self.bar = tqdm(total=run.total * batch, initial=state.step * batch, unit=f" {data.unit}",
+        self.bar = tqdm(total=self.goal(state.step) * batch, initial=state.step * batch, unit=f" {data.unit}",
                         bar_format="{desc} {percentage:3.0f}% {rate_noinv_fmt}, {remaining} left{postfix}",
                         mininterval=1, disable=None)
+
+    def goal(self, step):
+        """The last step that is as long as this one: time left is told up to there."""
+        lead_in = self.run.data.lead_in
+        return min(lead_in, self.run.total) if step < lead_in else self.run.total
 
     def stamp(self, images=0):
         """Note when a step begins or has ended, by the clock or an event in a GPU's queue: nobody waits."""
@@ -1760,7 +1768,7 @@ class Watch:
         ms = [1000 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
               for begin, end in zip(self.times[::2], self.times[1::2])]
         now, ended = run.at(state.step - 1), time.perf_counter()
-        rate = batch * len(ms) / (ended - self.logged)
+        rate, goal = batch * len(ms) / (ended - self.logged), self.goal(state.step)
         line = {"step": state.step, "epoch": round(epoch, 4), "images": state.step * batch,
                 **means, "lr_g": now.lr_g, "lr_d": now.lr_d,
                 "temperature": now.turn.dial if run.data.dial_is == "temperature" else None,
@@ -1771,12 +1779,14 @@ class Watch:
         self.diagnose(state, line)
         self.trackers.log(line, state.step)
         shown = [f"{means[k]:.3f}" if means[k] is not None else "none" for k in STATS[:4]]
-        self.bar.set_description(f"epoch {epoch:.1f}", refresh=False)
+        self.bar.total = goal * batch
+        self.bar.set_description("pretraining, " * (goal < run.total) + f"epoch {epoch:.1f}", refresh=False)
         self.bar.set_postfix_str("G {:.4} D {:.4} right {:.4}/{:.4}".format(*shown), refresh=False)
         if self.bar.disable:
             print(f"step {state.step}/{run.total}  epoch {epoch:.2f}  "
                   + "  ".join(f"{k} {v}" for k, v in zip(STATS, shown)) + f"  {rate:.0f} {run.data.unit}/s  "
-                  f"{tqdm.format_interval((run.total - state.step) * batch / rate)} left", flush=True)
+                  f"{tqdm.format_interval((goal - state.step) * batch / rate)} left"
+                  + " of --pretrain-epochs" * (goal < run.total), flush=True)
 
     def diagnose(self, state, line):
         """Say in words, once each, what the last epoch's lines show; status.json keeps it."""
@@ -1837,6 +1847,12 @@ class Watch:
 
     def close(self):
         self.bar.close()
+
+    def finished(self, state):
+        """Say so in status.json where a kill after the last save left another word."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if json.loads((self.run.out / "status.json").read_text())["state"] == "running":
+                write_status(self.run, state, "finished")
 
     def end(self, state, name, **more):
         """The last word of a run that finished or was interrupted."""
@@ -1920,14 +1936,14 @@ def train(run, state, watch, signals):
         step(run, state, *prepare_step(run, state), *next(data))
         state.step += 1
         watch.stamp(args.batch_size)
-        track_fid(run, state, watch)
-        last = over(run, state)
+        last = state.step == run.total or fid_due(run, state)  # which may be the last, by --patience
         if state.step % args.log_every == 0 or last:
             log_interval(run, state, watch)
         if state.step % args.grid_every == 0 or last:
             watch.grid(state)
+        track_fid(run, state, watch)
         number = signals.agreed()
-        if state.step % args.save_every == 0 or last or number:
+        if state.step % args.save_every == 0 or over(run, state) or number:
             save(run, state)
     return 0 if over(run, state) else number
 
@@ -1976,11 +1992,6 @@ def track_fid(run, state, watch):
 
 
 # ---- main ------------------------------------------------------------------------------------------------
-
-def cores():
-    """CPUs that this process may use; a queue gives fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 
 def settle(args, device):
     """What holds for the whole process: its GPU, and how exactly that computes."""
@@ -2116,6 +2127,7 @@ def main():
     number = 0
     if over(run, state) and not fid_due(run, state):
         early = state.step < run.total
+        watch.finished(state)
         watch.say(f"{run.out} is already trained: {state.step} steps of {run.total}" + (
             f"; ended by --patience, the best is that of step {state.best['step']}" if early else ""))
     else:

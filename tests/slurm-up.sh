@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A SLURM of three nodes on this one host, for tests/test_slurm.py: loopback only, everything below one folder.
+# A SLURM of three nodes on this one host, for tests/test_cluster.py: loopback only, everything below one folder.
 #
 #     apt-get install slurm-wlm munge     # Debian's packages; as root
 #     bash tests/slurm-up.sh FOLDER       # starts it; then: export SLURM_CONF=FOLDER/slurm.conf

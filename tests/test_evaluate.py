@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import call, refused
 from PIL import Image
 
@@ -54,7 +55,21 @@ def folder_of(path, count, shift, size=32):
     return path
 
 
-def test_neighbour_measures_against_loops():
+def test_statistics_in_parts_are_those_of_the_whole(monkeypatch):
+    monkeypatch.setattr(evaluate, "PART", 7)
+    x = features(30, 5, 100)
+    mean, sigma = evaluate.statistics(x)
+    assert np.allclose(mean, x.astype(float).mean(0), rtol=1e-12) and np.allclose(sigma, np.cov(x.astype(float), rowvar=False), rtol=1e-9)
+
+
+def measured(real, fake, k=3):
+    """neighbour_measures of arrays."""
+    return evaluate.neighbour_measures(torch.from_numpy(real), torch.from_numpy(fake), k)
+
+
+@pytest.mark.parametrize("distances", [2**25, 150])  # at a time: all, or two rows
+def test_neighbour_measures_against_loops(distances, monkeypatch):
+    monkeypatch.setattr(evaluate, "DISTANCES", distances)
     real, fake, k = features(60, 4), features(50, 4, 0.4), 3
     far = [[float(np.linalg.norm(a.astype(float) - b)) for b in y] for x, y in ((real, real), (fake, fake)) for a in x]
     real_radius, fake_radius = ([sorted(row)[k] for row in rows] for rows in (far[:60], far[60:]))
@@ -66,17 +81,74 @@ def test_neighbour_measures_against_loops():
                 "density": np.mean([sum(inside[i][j] for i in range(60)) for j in range(50)]) / k,
                 "coverage": np.mean([any(row) for row in inside]),
                 "memorised": np.mean([d[i][j] < sorted(far[i])[1] for j, i in enumerate(nearest)])}
-    assert evaluate.neighbour_measures(real, fake) == pytest.approx(expected, abs=1e-6)
-    assert evaluate.neighbour_measures(real, real[:50] + np.float32(1e-4))["memorised"] == 1
-    assert evaluate.neighbour_measures(real, fake + 1000)["precision"] == 0
+    found, near, rows = measured(real, fake)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert rows.tolist() == [sorted(range(60), key=lambda i, j=j: d[i][j])[:3] for j in range(50)]
+    assert np.allclose(near, [sorted(d[i][j] for i in range(60))[:3] for j in range(50)])
+    assert measured(real, real[:50] + np.float32(1e-4))[0]["memorised"] == 1
+    assert measured(real, fake + 1000)[0]["precision"] == 0
+
+
+def test_distances_that_fp32_cannot_tell_are_exact():
+    """Points a thousandth apart at a distance of 3,000, and copies of some: to products in fp32 all are alike."""
+    near = rng.standard_normal((40, 8)).astype(np.float32) / 1000
+    real = np.float32(1000) + np.concatenate([near, near[:5]])
+    fake = real[40:].copy()
+    found, _, _ = measured(real, fake, k=1)
+    exact = np.linalg.norm(real[:, None].astype(float) - real, axis=2)
+    inside = exact[:, 40:] <= np.sort(exact)[:, 1:2]
+    assert found["precision"] == 1 and found["density"] == inside.sum(0).mean() and found["coverage"] == inside.any(1).mean()
+    apart, _ = evaluate.nearest(*[torch.from_numpy(real)] * 2, 9, "", own=True)
+    assert np.allclose(apart, np.sort(exact)[:, 1:10], rtol=1e-9)
+    copies = np.repeat(rng.random((1, 2048), np.float32), 20, 0)  # which is nearest is not decided by rounding
+    near = evaluate.nearest(*[torch.from_numpy(np.concatenate([copies, copies + 1]))] * 2, 3, "", own=True)[0]
+    assert near.max() == 0 and measured(copies, copies[:5])[0]["memorised"] == 0
+
+
+class Network:
+    """In Inception's place: the mean of an image in each feature; fails after so many passes."""
+    name = "stand-in"
+
+    def __init__(self, passes):
+        self.passes = passes
+
+    def __call__(self, x):
+        self.passes -= 1
+        if self.passes < 0:
+            raise KeyboardInterrupt
+        return [x.mean((1, 2, 3))[:, None, None, None].expand(-1, 2048, 1, 1)]
+
+
+def test_features_are_kept_in_parts_and_a_killed_call_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "PART", 40)
+    images, order = rng.integers(0, 255, (100, 4, 4, 3), np.uint8), rng.permutation(100)
+    expected = images[order].mean((1, 2, 3)) / 255
+    folder = tmp_path / "features"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.inception_features(Network(3), images, "cpu", order, folder)  # two passes a part
+    assert len(list(folder.iterdir())) == 1
+    found = evaluate.inception_features(Network(3), images, "cpu", order, folder)
+    assert np.allclose(found[:, 7], expected, atol=1e-6) and len(list(folder.iterdir())) == 3
+    assert np.array_equal(evaluate.inception_features(Network(0), images, "cpu", order, folder), found)
+    first = evaluate.inception_features(Network(0), images, "cpu", order[:80], folder)
+    assert np.array_equal(first, found[:80]), "a smaller n has the same parts"
+    damaged = sorted(folder.iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    assert np.array_equal(evaluate.inception_features(Network(2), images, "cpu", order, folder), found)
+    images[order[0]] += 1
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.inception_features(Network(1), images, "cpu", order, folder)
+    (tmp_path / "file").write_text("")
+    evaluate.inception_features(Network(9), images, "cpu", order, tmp_path / "file" / "features")
+    assert capsys.readouterr().err.count("not kept") == 1
 
 
 def test_inception_score_worked_out():
-    import torch
     classes = torch.eye(4, 8) * 100  # each image is surely of one of four classes, each as often: e^log 4
     sure = np.tile(np.eye(4, 8, dtype=np.float32), (25, 1))
     assert evaluate.inception_score(sure, classes, splits=1)[0] == pytest.approx(4, rel=1e-4)
-    assert evaluate.inception_score(np.zeros((20, 8), np.float32), classes)[0] == pytest.approx(1)
+    for n in (2, 11, 20):
+        assert evaluate.inception_score(np.zeros((n, 8), np.float32), classes)[0] == pytest.approx(1)
 
 
 def test_matching_against_worked_out_cases():
@@ -255,6 +327,7 @@ def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     assert f"{metrics['fid']['value']:.2f}" in said and "generated 40, real 60" in said and "report.html" in said
     assert 0 < metrics["floor"]["value"] < metrics["fid"]["value"]
     assert metrics["samples"]["seed"] == 0 and weights.name in metrics["fid"]["protocol"]
+    assert not (run / "images.features").exists() and (shapes / "features").is_dir()
     kept = np.load(shapes / "fid_60.npz")
     assert kept["mu"].shape == (2048,) and kept["sigma"].shape == (2048, 2048)
     own = [(run / name).read_bytes() for name in ("metrics.json", "report.html")]
@@ -289,7 +362,6 @@ def test_report_escapes(trained, tmp_path):
 
 
 def test_precision_of_convolutions_is_put_back():
-    import torch
     before = torch.backends.cudnn.allow_tf32
 
     def network(x):

@@ -1,6 +1,11 @@
 """sample.py: images that depend on (seed, number) alone, from generator.pt alone."""
 
+import base64
+import html
+import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -254,3 +259,86 @@ def test_exported_onnx_takes_captions_of_any_length(captioned, tmp_path):
 def test_export_refuses_other_names(generator, tmp_path, name):
     refused("sample.py", "--run", generator, "--export", tmp_path / name, naming="ends in .pt2 or .onnx")
     assert not list(tmp_path.rglob("*"))
+
+
+def test_explore_page_shows_what_its_command_draws(generator, tmp_path):
+    call("sample.py", "--run", generator, "--explore", "--labels", "2,0", "--seed", "3", "--device", "cpu")
+    text = (generator / "explore.html").read_text()
+    assert "http" not in text, "it needs no network"
+    page = json.loads(re.search("const page = (.*);", text)[1])
+    classes = sample.load_generator(generator / "generator.pt")[1]["classes"]
+    assert [row["name"] for row in page["rows"]] == [classes[2], classes[0]]
+    x, y, level, row = 5, 2, 2, page["rows"][1]
+    command = [*shlex.split(row["command"])[1:], "--at", f"{x / 8},{y / 8}", "--truncation", page["levels"][level], "--device", "cpu"]
+    call(*command)
+    drawn, = pixels(generator / "point").values()
+    sheet = Image.open(io.BytesIO(base64.b64decode(row["sheets"][level].split(",")[1])))
+    shown = np.asarray(sheet.convert("RGB"))[16 * y:16 * y + 16, 16 * x:16 * x + 16]
+    assert np.array_equal(drawn, shown)
+    corner = call("sample.py", "--run", generator, "--num", "1", "--seed", "3", "--labels", "2", "--out", tmp_path / "own.npz")
+    sheet = Image.open(io.BytesIO(base64.b64decode(page["rows"][0]["sheets"][0].split(",")[1])))
+    assert np.array_equal(np.asarray(sheet.convert("RGB"))[:16, :16], np.load(tmp_path / "own.npz")["images"][0]), corner.stdout
+
+
+def test_explore_page_of_captions_and_its_refusals(captioned, generator):
+    call("sample.py", "--run", captioned, "--explore", "--text", "a </script> small 'red' circle", "--device", "cpu")
+    text = (captioned / "explore.html").read_text()
+    page = json.loads(re.search("const page = (.*);", text)[1])
+    assert text.count("</script>") == 1 and [row["name"] for row in page["rows"]] == ["a </script> small 'red' circle"]
+    call(*shlex.split(page["rows"][0]["command"])[1:], "--at", "0,1", "--device", "cpu")
+    call("sample.py", "--run", captioned, "--explore", "--seed", "2", "--device", "cpu")
+    page = json.loads(re.search("const page = (.*);", (captioned / "explore.html").read_text())[1])
+    assert len(page["rows"]) == sample.ROWS
+    for row in page["rows"][:3]:  # captions of the data: as drawn for --text
+        call(*shlex.split(row["command"])[1:], "--at", "0,1", "--device", "cpu")
+        sheet = Image.open(io.BytesIO(base64.b64decode(row["sheets"][0].split(",")[1])))
+        assert np.array_equal(np.asarray(sheet.convert("RGB"))[128:, :16], *pixels(captioned / "point").values())
+    refused("sample.py", "--run", generator, "--explore", "--num", "3", naming="--explore does not go with --num")
+    refused("sample.py", "--run", generator, "--at", "0.5", naming="--at")
+    refused("sample.py", "--run", generator, "--at", "0.5,2", naming=["--at", "between 0 and 1"])
+    refused("sample.py", "--run", generator, "--explore", "--text", "a star", naming="--text")
+
+
+PLAYED = """<script>
+const key = name => $("plane").dispatchEvent(new KeyboardEvent("keydown", {key: name, cancelable: true}));
+const before = $("large").style.backgroundPosition;
+key("ArrowLeft"), key("ArrowUp");
+const keyed = $("large").style.backgroundPosition;
+const box = $("plane").getBoundingClientRect();
+const pointer = (kind, more) => $("plane").dispatchEvent(new PointerEvent(kind, more));
+pointer("pointermove", {clientX: box.left + 1, clientY: box.bottom - 1});
+const pointed = $("large").style.backgroundPosition;
+pointer("pointerleave", {});
+const left = $("large").style.backgroundPosition;
+pointer("pointerdown", {clientX: box.right - 1, clientY: box.top + 1, buttons: 1});
+pointer("pointermove", {clientX: box.left + 1, clientY: box.bottom - 1});
+pointer("pointerleave", {});
+const sheet = $("large").style.backgroundImage;
+document.querySelectorAll("input[type=radio]")[1].click();
+$("level").value = 3;
+$("level").dispatchEvent(new Event("input"));
+document.title = JSON.stringify([before, keyed, pointed, left, sheet != $("large").style.backgroundImage, $("command").textContent,
+                                 document.documentElement.scrollWidth <= innerWidth]);
+</script>"""
+
+
+def test_explore_page_without_conditions(shapes, tmp_path):
+    call("train.py", "--data", shapes, "--out", tmp_path / "run", "--max-steps", "2", *TINY)
+    call("sample.py", "--run", tmp_path / "run" / "generator.pt", "--explore")
+    page = json.loads(re.search("const page = (.*);", (tmp_path / "run" / "explore.html").read_text())[1])
+    assert [(row["name"], len(row["sheets"])) for row in page["rows"]] == [("", len(sample.LEVELS))]
+    (tmp_path / "run" / "explore.html").write_text("mine")
+    refused("sample.py", "--run", tmp_path / "run", "--explore", naming="explore.html")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the program chromium")
+@pytest.mark.parametrize("width", [360, 1200])
+def test_explore_page_in_a_browser(generator, tmp_path, width):
+    call("sample.py", "--run", generator, "--explore", "--labels", "2,0", "--device", "cpu")
+    played = (generator / "explore.html").read_text().replace("</html>", PLAYED + "</html>")
+    (tmp_path / "played.html").write_text(played)
+    done = call("chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},800", "--dump-dom",
+                tmp_path / "played.html")
+    before, keyed, pointed, left, changed, command, fits = json.loads(html.unescape(re.search("<title>(.*)</title>", done.stdout)[1]))
+    assert before == "50% 50%" and keyed == left == "37.5% 37.5%" and pointed == "0% 100%" and changed and fits
+    assert command.endswith("--num 1 --out " + str(generator / "point") + " --at 1,0 --truncation 1")

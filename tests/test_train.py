@@ -707,6 +707,42 @@ def test_fid_while_training(weights, shapes, tmp_path):
     assert "already" in call("train.py", *still).stdout
 
 
+FIDS = """
+import json, os, sys
+sys.path.insert(0, sys.argv.pop(1))
+fids = json.loads(sys.argv.pop(1))
+import evaluate, train
+evaluate.find_weights = lambda: None
+evaluate.fid_against_data = lambda *args: fids.pop(0) or os.kill(os.getpid(), 9)
+train.main()
+"""
+
+
+def test_run_killed_at_the_fid_that_uses_up_its_patience(shapes, tmp_path):
+    """Called again it scores that step, trains no further, and draws its last grid."""
+    command = (sys.executable, "-c", FIDS, ROOT)
+    options = ("--data", shapes, "--out", tmp_path / "run", *TINY, "--fid-every", "1", "--epochs", "9", "--patience", "1")
+    call(*command, "[50, 0]", *options, status=-9)
+    grids = len(list((tmp_path / "run" / "grids").glob("step_*.png")))
+    assert log_of(tmp_path / "run")[-1]["step"] == 32, "logged before it was scored"
+    call(*command, "[60]", *options)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], grids) == ("finished", 32, 4) and log_of(tmp_path / "run")[-1]["step"] == 32
+    call(*command, "[50, 0]", *options, "--resume", "never", "--grid-every", "100", status=-9)
+    call(*command, "[60]", *options, "--grid-every", "100")
+    assert (tmp_path / "run" / "grids" / "step_0000032.png").exists()
+
+
+def test_time_left_is_of_what_is_alike(tmp_path):
+    """While G learns by likelihood the end of that is what can be told."""
+    call("prepare_data.py", "text", "--synthetic-oracle", "--num", "160", "--level", "word", "--out", tmp_path / "data")
+    done = call("train.py", "--data", tmp_path / "data", "--out", tmp_path / "run", "--arch", "seq", "--epochs", "4",
+                "--pretrain-epochs", "2", *TINY)
+    lines = [line.endswith("left of --pretrain-epochs") for line in done.stdout.splitlines() if line.endswith("epochs")
+             or line.endswith(" left")]
+    assert lines == [True] * 4 + [False] * 6, done.stdout
+
+
 def diagnosed(tmp_path, *options, epochs=2, **values):
     t = trainer(tmp_path, *options)
     watch = train.Watch(t.run)

@@ -171,6 +171,46 @@ def test_comparison(trained, tmp_path):
     rows = list(csv.DictReader((tmp_path / "pair.csv").open()))
     assert [row["differs from most"] for row in rows] == ["--lr-g 0.0002", "--lr-g 0.01"]
     refused("evaluate.py", "--compare", tmp_path, naming=["--compare", "config.json"])
+    # the same run against other real images: a row of its own, said to be of another reference
+    (runs / "one" / "metrics-faces.json").write_text(json.dumps(json.loads((runs / "one" / "metrics.json").read_text())
+                                                               | {"reference": "data/faces"}))
+    call("evaluate.py", "--compare", runs, "--out", tmp_path / "more")
+    rows = list(csv.DictReader((tmp_path / "more.csv").open()))
+    own = json.loads((runs / "one" / "config.json").read_text())["data"]
+    assert [row["against"] for row in rows] == [f"shapes {own['fingerprint'][:8]}"] * 2 + ["data/faces"] + [rows[0]["against"]]
+    assert [row["not comparable"] for row in rows] == ["", "", "other reference", "other n"]
+
+
+SORTED = """<script>
+const column = name => [...document.querySelectorAll("th")].findIndex(head => head.textContent == name);
+const seen = name => [...document.querySelectorAll("tr")].slice(1).filter(row => !row.hidden).map(
+    row => row.cells[column(name)].textContent);
+const result = [];
+for (let i = 0; i < 2; i++) {
+    document.querySelectorAll("th")[column("FID")].querySelector("button").click();
+    result.push(seen("FID"));
+}
+const search = document.querySelector("input[type=search]");
+search.value = "RUNS/1 finished";
+search.dispatchEvent(new Event("input"));
+document.title = JSON.stringify([...result, seen("lr G")]);
+</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the program chromium")
+def test_comparison_sorts_and_filters_in_a_browser(trained, tmp_path):
+    for i, fid in enumerate([100, 20.5, None, 3]):
+        run = shutil.copytree(trained, tmp_path / "runs" / str(i))
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"options": config["options"] | {"lr_g": i / 100}}))
+        if fid:
+            (run / "metrics.json").write_text(json.dumps({"fid": {"value": fid, "n_generated": 9, "n_real": 9}}))
+    call("evaluate.py", "--compare", tmp_path / "runs")
+    page = tmp_path / "runs" / "comparison.html"
+    page.write_text(page.read_text().replace("</html>", SORTED + "</html>"))
+    done = call("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page)
+    up, down, found = json.loads(re.search("<title>(.*)</title>", done.stdout)[1])
+    assert up == ["3.00", "20.50", "100.00", ""] and down == ["100.00", "20.50", "3.00", ""] and found == ["0.01"]
 
 
 @pytest.mark.parametrize("script, typed, meant", [
@@ -180,6 +220,12 @@ def test_comparison(trained, tmp_path):
 def test_mistyped_option(script, typed, meant):
     refused(script, *typed, naming=[typed[-2] if typed[-1] == "3" else typed[-1], f"did you mean {meant}?"])
     assert len(re.findall(rf"^    python {script} ", call(script, "--help").stdout, re.M)) >= 2, "two examples"
+
+
+@pytest.mark.parametrize("script", ["prepare_data.py", "train.py", "sample.py", "evaluate.py"])
+def test_missing_packages_are_named_in_a_line(script):
+    done = call(sys.executable, "-S", ROOT / script, status=2)  # without site-packages
+    assert re.fullmatch(rf"{script}: .*tqdm.* not installed: pip install -r requirements.txt\n", done.stderr), done.stderr
 
 
 def test_out_of_memory_says_what_to_try(shapes, tmp_path):
