@@ -1780,13 +1780,13 @@ class Watch:
         self.trackers.log(line, state.step)
         shown = [f"{means[k]:.3f}" if means[k] is not None else "none" for k in STATS[:4]]
         self.bar.total = goal * batch
-        self.bar.set_description("pretraining, " * (goal < run.total) + f"epoch {epoch:.1f}", refresh=False)
+        self.bar.set_description("lead-in, " * (goal < run.total) + f"epoch {epoch:.1f}", refresh=False)
         self.bar.set_postfix_str("G {:.4} D {:.4} right {:.4}/{:.4}".format(*shown), refresh=False)
         if self.bar.disable:
             print(f"step {state.step}/{run.total}  epoch {epoch:.2f}  "
                   + "  ".join(f"{k} {v}" for k, v in zip(STATS, shown)) + f"  {rate:.0f} {run.data.unit}/s  "
                   f"{tqdm.format_interval((goal - state.step) * batch / rate)} left"
-                  + " of --pretrain-epochs" * (goal < run.total), flush=True)
+                  + " of the lead-in" * (goal < run.total), flush=True)
 
     def diagnose(self, state, line):
         """Say in words, once each, what the last epoch's lines show; status.json keeps it."""

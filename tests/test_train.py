@@ -734,11 +734,11 @@ def test_run_killed_at_the_fid_that_uses_up_its_patience(shapes, tmp_path):
 
 
 def test_time_left_is_of_what_is_alike(tmp_path):
-    """While G learns by likelihood the end of that is what can be told."""
+    """While G learns by likelihood, steps take another time: the end of that is what can be told."""
     call("prepare_data.py", "text", "--synthetic-oracle", "--num", "160", "--level", "word", "--out", tmp_path / "data")
     done = call("train.py", "--data", tmp_path / "data", "--out", tmp_path / "run", "--arch", "seq", "--epochs", "4",
                 "--pretrain-epochs", "2", *TINY)
-    lines = [line.endswith("left of --pretrain-epochs") for line in done.stdout.splitlines() if line.endswith("epochs")
+    lines = [line.endswith("left of the lead-in") for line in done.stdout.splitlines() if line.endswith("lead-in")
              or line.endswith(" left")]
     assert lines == [True] * 4 + [False] * 6, done.stdout
 
