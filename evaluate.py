@@ -44,12 +44,12 @@ from pytorch_fid import inception as fid_inception
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from prepare_data import (Data, Parser, fail, find_device, flag, in_a_line, leave, on_signals, plural,
-                          read_json, read_lines, read_picture, status_of, steady_output, whole_file, why_left,
-                          why_unread, within, write_json, write_text)
+from prepare_data import (Data, Parser, fail, find_device, flag, in_a_line, leave, load_text_encoder,
+                          on_signals, plural, read_json, read_lines, read_picture, status_of, steady_output,
+                          whole_file, why_left, why_unread, within, write_json, write_text)
 
 BATCH = 32  # images a pass of Inception
-PART = 2048  # images whose features are kept as one file: a killed call goes on from these
+PART = 512  # images whose features are kept as one file: a killed call goes on from these
 NEIGHBOURS = 3  # of precision, recall, density and coverage
 DISTANCES = 2 ** 25  # in memory at a time: 128 MiB
 SPARE = 8  # candidates beyond k, found in fp32, of which exact distances choose the k nearest
@@ -318,6 +318,8 @@ def inception_features(network, images, device, indices, folder=None):
             except (OSError, ValueError, EOFError):  # not there, or damaged
                 compute_features(network, images, device, some, out, bar)
                 folder = folder if keep(file, out) else None
+                if bar.disable and len(indices) > PART:  # no terminal: a line now and then
+                    print(f"{start + len(some)} of {len(indices)} images", flush=True)
     return features
 
 
@@ -443,13 +445,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
 
 
-def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE, seed=0):
+def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE):
     """KID (Binkowski et al. 2018) of features (n, d), (m, d): (mean, standard deviation) over random subsets.
 
     Unbiased squared MMD with the kernel (a·b/d + 1)³, each subset drawn without replacement.
     """
     size = min(size, len(x), len(y))
-    rng, values = np.random.default_rng(seed), []
+    rng, values = np.random.default_rng(0), []
     for _ in range(subsets):
         a, b = (torch.from_numpy(f[rng.choice(len(f), size, replace=False)]).double() for f in (x, y))
         aa, bb, ab = (((p @ q.T) / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
@@ -751,15 +753,12 @@ def attribute_rates(conditions, fake, images, captions, held_out=()):
 
 def load_clip(name):
     """A sentence-transformers model that takes images and text."""
+    model = load_text_encoder(name, "--clip")
     try:
-        from sentence_transformers import SentenceTransformer
-        model = SentenceTransformer(name)
-        model.encode([Image.new("RGB", (32, 32))])  # one of text alone shows here
+        model.encode([Image.new("RGB", (32, 32))])
         return model
-    except ImportError:
-        fail("--clip needs a package: pip install sentence-transformers")
-    except Exception as error:  # each hub and file fails in its own way
-        fail(f"--clip {name}: not a model of images and text that can be loaded ({in_a_line(error)})")
+    except Exception as error:  # each kind of model fails in its own way
+        fail(f"--clip {name}: not a model of images and text ({in_a_line(error)})")
 
 
 def clip_score(model, name, conditions, fake):
@@ -1219,7 +1218,7 @@ def compare(paths, out):
     sections = [("", "runs", [table]), ("FID while training", "plot", plots)]
     write_text(f"{out}.html", page("Runs compared", sections, SORTED))
     differing = ", ".join(map(flag, usual)) or "nothing"
-    print(f"{out}.md, .csv, .html: {len(runs)} runs; what differs: {differing}")
+    print(f"{out}.md, .csv, .html: {plural(len(runs), 'run')}; what differs: {differing}")
 
 
 # ---- main ------------------------------------------------------------------------------------------------
@@ -1314,8 +1313,7 @@ def score_images(args, images, run, config, record):
     found, closest = image_figures(fake, real, network.classes, weights.name, source, device)
     warned, galleries = [], []
     if run and data and closest:
-        heading = (f"Nearest real images of the {GALLERY} samples that come closest to any, in Inception's "
-                   "features")
+        heading = f"The {GALLERY} samples that come closest to real images in Inception's features, and these"
         entries = [(i, real["rows"][near], f"sample {i}, and real ones") for i, near in closest]
         galleries.append(gallery(heading, generated, data.array("images"), entries))
     if conditions and "row" not in conditions[0]:

@@ -1016,15 +1016,24 @@ def tokenize(captions, max_words=MAX_WORDS, known=None):
 
 
 @functools.cache
-def load_text_encoder(name):
+def load_text_encoder(name, option="--text-encoder"):
     """A sentence-transformers model, by name or folder."""
     try:
+        from huggingface_hub import model_info
         from sentence_transformers import SentenceTransformer
-        return SentenceTransformer(name)
-    except ImportError:
-        fail("--text-encoder needs a package: pip install sentence-transformers")
+    except ImportError as error:
+        fail(f"{option} needs a package: pip install sentence-transformers ({error})")
+    try:
+        try:
+            return SentenceTransformer(name, local_files_only=True)
+        except Exception:
+            if os.path.exists(name):
+                raise
+            # asks once, where the download itself would ask for over a minute
+            model_info(name if "/" in name else f"sentence-transformers/{name}", timeout=10)
+            return SentenceTransformer(name)
     except Exception as error:  # each hub and file fails in its own way
-        fail(f"--text-encoder {name}: cannot be loaded ({in_a_line(error)})")
+        fail(f"{option} {name}: cannot be loaded ({in_a_line(error)})")
 
 
 # ---- one picture -------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ mistake() { echo "run_all.sh: $1" >&2; exit 2; }
 trap '' PIPE  # whoever read the output may leave: the run goes on
 say() { echo "$@" 2>/dev/null || true; }
 
+recipes() { sed -n 's/^    \([a-z0-9-]*\)).*/\1/p' "$here/run_all.sh" | xargs; }
+
 recipe=${1:-shapes}
 shift || true
 prepare=() train=() count=2048 pictures=(--grid --interpolate 8) real=()
@@ -98,8 +100,12 @@ case $recipe in
                 train=(--batch-size 64 --epochs 200 --flip --save-every 500)
                 real=(--num-real 2048) ;;
     tests | gpu-check) ;;
-    -h | --help) sed -n '/^# Prepare/,/^# interrupted/s/^# \{0,1\}//p' "$here/run_all.sh"; exit ;;
-    *)          mistake "$recipe is not a recipe: $(sed -n 's/^    \([a-z0-9-]*\)).*/\1/p' "$here/run_all.sh" | xargs)" ;;
+    -h | --help)
+                sed -n '/^# Prepare/,/^# interrupted/s/^# \{0,1\}//p' "$here/run_all.sh"
+                printf '\nRecipes: %s\n' "$(recipes)"
+                exit ;;
+    -*)         mistake "$recipe comes after the recipe: bash run_all.sh shapes $recipe …" ;;
+    *)          mistake "$recipe is not a recipe: $(recipes)" ;;
 esac
 set=$recipe  # variants of a recipe share their data
 for variant in 128 deep rmsprop r3; do set=${set%-"$variant"}; done

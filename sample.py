@@ -12,6 +12,7 @@ A run with --arch seq has RUN/texts.txt instead, a line a text. Image or text i 
 larger --num adds some and leaves the others as they were.
 """
 
+import argparse
 import base64
 import contextlib
 import hashlib
@@ -84,7 +85,7 @@ def parse_args(argv=None):
         "--explore: X to the right, Y down, from 0 to 1")
     add("--temperature", type=within(0.01, 100), default=1.0, help="of texts: below 1, likelier words that "
         "vary less")
-    add = parser.group("pictures, in RUN or in the folder of --out")
+    add = parser.group("pictures, in RUN; with --out NAME beside it, as NAME-grid.png and so on")
     add("--grid", nargs="?", type=within(1, 10 ** 4, int), const=0, metavar="N", needs="--run",
         help="grid.png of the first N images (without N: 64, or as many as --num); with captions, "
         "captions.png of 32 of them too")
@@ -105,8 +106,10 @@ def parse_args(argv=None):
 
 def point(text):
     """'0.25,1' -> [0.25, 1.0]; an argparse type."""
-    x, y = map(within(0, 1), text.split(","))
-    return [x, y]
+    x, comma, y = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"{text} is not X,Y, such as 0.5,0.25")
+    return [within(0, 1)(x), within(0, 1)(y)]
 
 
 def lines_told(file):
@@ -375,12 +378,12 @@ def write_images(out, blocks, written):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_walk(written, z, condition, draw):
-    """A closed walk through latents (n, dim): a strip of stills and an animation. One condition all along."""
+def write_walk(written, path, z, condition, draw):
+    """PATH.png, stills of a closed walk through latents (n, dim) with one condition; PATH.webp, it moving."""
     steps = [slerp(z[i], z[(i + 1) % len(z)], f / FRAMES) for i in range(len(z)) for f in range(FRAMES)]
     pixels = draw(torch.stack(steps), None if condition is None else
                   condition.expand(len(steps), *condition.shape[1:]))
-    still, moving = (written.folder / f"interpolation.{kind}" for kind in ("png", "webp"))
+    still, moving = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "webp"))
     written.write(still, encode(make_grid(pixels[::FRAMES // 4]), "PNG"))
     side = pixels.shape[1] * max(1, 256 // pixels.shape[1])
     frames = [Image.fromarray(p.squeeze()).resize((side, side), Image.Resampling.NEAREST) for p in pixels]
@@ -492,7 +495,7 @@ EXPLORE = """<!doctype html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 1rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; }
 main { display: grid; gap: 1rem 1.5rem;
-       grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
+       grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); }
 .drawn { image-rendering: pixelated; aspect-ratio: 1; outline: 1px solid var(--line); }
 #plane { position: relative; touch-action: none; cursor: crosshair; background-size: 100% 100%; }
 #here { position: absolute; outline: 2px solid #000; box-shadow: 0 0 0 4px #fff; pointer-events: none; }
@@ -510,7 +513,7 @@ button { font: inherit; padding: .4rem 1rem; margin: .6rem 0; }
 <main>
 <div><div id="plane" class="drawn" tabindex="0" role="application"
     aria-label="Plane between four latents: arrow keys move"><div id="here"></div></div>
-<p>Between four latents, one in each corner. Point at it; a click, or the arrow keys, keep a place.</p></div>
+<p>Between four latents, one in each corner. Point at it to look; a click or the arrow keys choose.</p></div>
 <div><div id="large" class="drawn" role="img"></div>
 <label>Truncation: <output id="cut"></output><input id="level" type="range" min="0" step="1"></label></div>
 </main>
@@ -671,9 +674,8 @@ def write_texts(args, generator, saved, folder, device):
     print(f"{out}: {args.num} texts of step {saved['step']}")
 
 
-def write_pictures(args, generator, saved, digest, folder, device):
-    """The images and pictures that the call asks for; images that are there already are not drawn again."""
-    conditions, note, data = find_conditions(args, saved, folder)  # a mistake shows before any work
+def find_out(args, folder):
+    """Where the images go: --out, or images in the run's folder."""
     out = Path(args.out or folder / "images")
     out = out.resolve() if out.is_symlink() else out  # which stays one
     odd = out.suffix.lower() in EXTENSIONS.union((".npy", ".txt", ".zip"))
@@ -682,6 +684,13 @@ def write_pictures(args, generator, saved, digest, folder, device):
         fail(f"--out {args.out!r}: name a folder to make, or a file ending in .npz")
     if not out.parent.is_dir():
         fail(f"--out {out}: {out.parent} is not a folder")
+    return out
+
+
+def write_pictures(args, generator, saved, digest, folder, device):
+    """The images and pictures that the call asks for; images that are there already are not drawn again."""
+    conditions, note, data = find_conditions(args, saved, folder)  # a mistake shows before any work
+    out = find_out(args, folder)
     # beside images/, so that images/ holds nothing but PNGs
     record, notes = (out.with_name(out.name + suffix) for suffix in (".json", ".jsonl"))
     folder, written = out.parent, Written(out.parent)
@@ -689,12 +698,15 @@ def write_pictures(args, generator, saved, digest, folder, device):
                "at": args.at, "text": args.text, "text_file": args.text_file,
                "data": str(data.folder) if data else None, "held_out": args.held_out, "generator": digest,
                "step": saved["step"]}
-    done = False
+    done, before = False, {}
     with contextlib.suppress(OSError, ValueError):
         files = [out] if out.suffix == ".npz" else [out / f"{i:06d}.png" for i in range(args.num)]
-        done = json.loads(record.read_text()) == request and all(map(written.holds, files))
+        before = json.loads(record.read_text())
+        done = before == request and all(map(written.holds, files))
+    grid, captions, walk = (folder / f"{f'{out.stem}-' * bool(args.out)}{name}"
+                            for name in ("grid.png", "captions.png", "interpolation"))
     written.check(*[out, record, notes] * bool(args.num and not done))
-    written.check(*[folder / "grid.png"] * bool(args.grid))
+    written.check(*[grid] * bool(args.grid))
 
     def latents_of(numbers):
         z = latents(args.seed, range(4) if args.at else numbers, generator.noise_dim)
@@ -716,20 +728,21 @@ def write_pictures(args, generator, saved, digest, folder, device):
         write_images(out, blocks(), written)
         written.write(notes, "".join(json.dumps({"image": i} | note(i)) + "\n" for i in range(args.num)))
         written.write(record, json.dumps(request, indent=1) + "\n")
-        print(f"{out}: {plural(args.num, 'image')} of step {saved['step']}")
+        fewer = f", instead of {before['num']}" if before.get("num", 0) > args.num else ""
+        print(f"{out}: {plural(args.num, 'image')} of step {saved['step']}{fewer}")
     if args.grid:
         pixels = draw(latents_of(range(args.grid)), conditions(range(args.grid)))
         columns = min(math.ceil(math.sqrt(args.grid)), 32)
-        written.write(folder / "grid.png", encode(make_grid(pixels, columns), "PNG"))
-        print(f"{folder / 'grid.png'}: the first {args.grid} images")
+        written.write(grid, encode(make_grid(pixels, columns), "PNG"))
+        print(f"{grid}: the first {args.grid} images")
         if saved["model"]["condition"] in ("text", "vector"):
             real = data.array("held_out_images" if args.held_out else "images") if data else None
             page = captioned([note(i) for i in range(min(args.grid, 32))], pixels[:32], real)
-            written.write(folder / "captions.png", encode(page, "PNG"))
-            print(f"{folder / 'captions.png'}: what was drawn for each caption"
+            written.write(captions, encode(page, "PNG"))
+            print(f"{captions}: what was drawn for each caption"
                   + (", and the real image beside it" if data else ""))
     if args.interpolate:
-        write_walk(written, latents_of(range(args.interpolate)), conditions(range(1)), draw)
+        write_walk(written, walk, latents_of(range(args.interpolate)), conditions(range(1)), draw)
 
 
 def main():

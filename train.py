@@ -1039,14 +1039,9 @@ def build_networks(model):
 def load_generator(path, device="cpu"):
     """The generator in a generator.pt, in eval mode, and the file's other entries as a dict."""
     saved = load_file(path)
-    if "format" not in saved and {"level", "generator"} <= saved.keys():  # of the version before
-        saved |= {"format": FORMAT, "dial": saved["level"]}
-        for key in [k for k in saved["generator"] if k.endswith("num_batches_tracked")]:
-            del saved["generator"][key]
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path}: of another version of train.py; draw with that one, or train again")
     try:
-        saved["model"] = {"blocks": None, "width_max": None} | saved["model"]  # older files lack these
         generator, _ = build_networks(saved["model"])
         generator.load_state_dict(saved.pop("generator"))
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
@@ -1125,10 +1120,10 @@ def loss_of_d(run, D, amounts, x, c, fake, dial=None, wrong=None, differs=None):
         loss = loss + amounts["r2"] / 2 * squared_gradient(fake_logits, fake).mean()
     if args.gp:  # Gulrajani et al. 2017
         share = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device)
-        between = torch.lerp(fake.float(), x, share).detach().requires_grad_()
+        halfway = torch.lerp(fake.float(), x, share).detach().requires_grad_()
         with run.autocast():
-            logits, _ = D(between, c, dial)
-        loss = loss + args.gp * (squared_gradient(logits, between).add(1e-12).sqrt() - 1).square().mean()
+            logits, _ = D(halfway, c, dial)
+        loss = loss + args.gp * (squared_gradient(logits, halfway).add(1e-12).sqrt() - 1).square().mean()
     real, fake = real_logits.detach(), fake_logits.detach()
     middle = 0 if args.loss in CENTRED else (real.mean() + fake.mean()) / 2
     return loss, {"loss_d": loss, "acc_real": real > middle, "acc_fake": fake < middle}

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -182,7 +183,7 @@ def test_mistakes_are_said_once(begin):
     process.communicate(timeout=60)
     step = status(run)["step"]
     # what only the first process finds: another option than the checkpoint's, and a run that is held
-    assert "--lr-g 0.001 there, 0.5 asked" in ends(2, *LONG, "--lr-g", "0.5")
+    assert "there, 0.5 asked" in ends(2, *LONG, "--lr-g", "0.5")
     held = subprocess.Popen([sys.executable, "-c", "import prepare_data, sys, time; x = prepare_data.lock(sys.argv[1]); "
                              "print(flush=True); time.sleep(100)", str(run)], cwd=ROOT, stdout=subprocess.PIPE)
     held.stdout.readline()
@@ -271,8 +272,9 @@ def whole(shapes, run, *options):
 
 
 # what run_all.sh's recipe gives to train.py
-RECIPE = ("--condition", "text", "--mismatch-weight", "0.5", "--arch", "sngan", "--loss", "relativistic", "--r1", "0.01", "--r2",
-          "0.01", "--lr-g", "1e-3", "--lr-d", "1e-3", "--beta1", "0", "--beta2", "0.99", "--ema-images", "20000")
+SCRIPT = (ROOT / "run_all.sh").read_text()
+RECIPE = shlex.split(re.search(r"^small=\((.*?)\)", SCRIPT, re.S | re.M)[1]
+                     + re.search(r'    shapes\) .*?"\$\{small\[@\]\}"(.*?)\)', SCRIPT, re.S)[1])
 
 
 def steps(count):
@@ -282,19 +284,19 @@ def steps(count):
 @slurms
 def test_two_nodes_survive_the_time_limit(job, shapes, tmp_path):
     """The warning saves in the middle of an epoch and requeues; the second start goes on and finishes, in the same weights."""
-    number, run, log = job(*steps(2500), queue=("--time=2", "--signal=B:USR1@60"))
+    number, run, log = job(*steps(4000), queue=("--time=2", "--signal=B:USR1@60"))
     wait_until(lambda: state(number)["Restarts"] == "1", 300)
     assert status(run)["state"] == "interrupted" and status(run)["signal"] == "SIGUSR1"
     middle = status(run)["step"]
-    assert saved_step(run) == middle and 0 < middle < 2500 and not workers(run)
+    assert saved_step(run) == middle and 0 < middle < 4000 and not workers(run)
     begins_again(number)
     subprocess.run(["scontrol", "update", f"jobid={number}", "timelimit=30"], check=True)
     wait_until(lambda: state(number)["JobState"] not in ("RUNNING", "COMPLETING"), 600)
     text = log.read_text()
     assert state(number)["JobState"] == "COMPLETED" and status(run)["state"] == "finished", text
-    assert text.count("saved at step") == 1 and f"steps {middle} to 2500" in text and "cpu × 2" in text
-    assert len(log_of(run)) == 250
-    assert same_weights(run, whole(shapes, tmp_path / "whole", *steps(2500)))
+    assert text.count("saved at step") == 1 and f"steps {middle} to 4000" in text and "cpu × 2" in text
+    assert len(log_of(run)) == 400
+    assert same_weights(run, whole(shapes, tmp_path / "whole", *steps(4000)))
     print(f"requeued at step {middle}")
 
 
@@ -350,7 +352,7 @@ def test_statuses_under_srun(job):
     wait_until(lambda: state(number)["JobState"] == "COMPLETED", 120)
     number, _, log = job(*steps(40), "--lr-g", "0.5")
     wait_until(lambda: state(number)["JobState"] == "FAILED", 120)
-    assert state(number)["ExitCode"] == "2:0" and log.read_text().count("--lr-g 0.001 there, 0.5 asked") == 1
+    assert state(number)["ExitCode"] == "2:0" and log.read_text().count("there, 0.5 asked") == 1
     assert "Traceback" not in log.read_text()
 
 

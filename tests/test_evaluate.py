@@ -338,7 +338,7 @@ def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     assert apart["reference"] == str(other) and apart["fid"]["n_real"] == 12 and (run / "report-other_set.html").exists()
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64") == 3 + evaluate.GALLERY  # two grids, the curves, samples and neighbours
-    assert "Nearest real" in page and "data:image/webp" in page and "--width" in page
+    assert "come closest to real images" in page and "data:image/webp" in page and "--width" in page
     assert "http" not in page.replace("http-equiv", ""), "nothing is loaded from elsewhere"
     assert sorted(p.name for p in (run / "images").iterdir())[-1] == "000039.png"
     # kept statistics are used again, and not for other images

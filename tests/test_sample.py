@@ -44,6 +44,7 @@ def test_image_depends_on_seed_and_number_alone(generator, tmp_path):
     call("sample.py", "--run", generator, "--num", "5", "--out", tmp_path / "few", "--seed", "1", "--device", "cpu")
     assert not np.array_equal(pixels(tmp_path / "few")["000003.png"], images["000003.png"])
     assert "already" in call("sample.py", "--run", generator, "--num", "70", "--device", "cpu").stdout
+    assert "3 images of step 48, instead of 70" in call("sample.py", "--run", generator, "--num", "3", "--device", "cpu").stdout
 
 
 def test_pictures(generator, tmp_path):
@@ -99,7 +100,7 @@ def test_captions_of_the_data(captioned, shapes, tmp_path):
     captions = [json.loads(line)["captions"] for line in open(shapes / "captions.jsonl")]
     assert sorted(note["row"] for note in notes[:256]) == list(range(256)), "each image's caption before any other of its"
     assert all(note["caption"] == captions[note["row"]][i // 256] for i, note in enumerate(notes))
-    assert Image.open(tmp_path / "captions.png").size == (864, 450) and not (captioned / "captions.png").exists()
+    assert Image.open(tmp_path / "a-captions.png").size == (864, 450) and not (captioned / "captions.png").exists()
     call("sample.py", "--run", captioned, "--num", "5", "--out", tmp_path / "b.npz", "--data", shapes)
     assert np.array_equal(np.load(tmp_path / "b.npz")["images"], np.load(tmp_path / "a.npz")["images"][:5])
     (tmp_path / "only").mkdir()
@@ -180,7 +181,7 @@ def test_nothing_is_replaced_but_what_it_wrote(generator, tmp_path):
         Image.new("RGB", (4, 4), "red").save(mine / f"{i:06d}.png")
     before = {p.name: p.read_bytes() for p in mine.iterdir()}
     refused("sample.py", "--run", generator, "--num", "2", "--out", mine, naming=["000000.png", "--out"])
-    (tmp_path / "grid.png").write_bytes(b"mine")
+    (tmp_path / "new-grid.png").write_bytes(b"mine")
     refused("sample.py", "--run", generator, "--num", "2", "--grid", "--out", tmp_path / "new", naming="grid.png")
     for name in ("notes.json", "notes.jsonl"):
         (tmp_path / name).write_bytes(b"mine")
@@ -189,7 +190,7 @@ def test_nothing_is_replaced_but_what_it_wrote(generator, tmp_path):
     (tmp_path / "mine.npz").write_bytes(b"mine")
     refused("sample.py", "--run", generator, "--num", "2", "--out", tmp_path / "mine.npz", naming="mine.npz")
     assert {p.name: p.read_bytes() for p in mine.iterdir()} == before and not (tmp_path / "new").exists()
-    assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "mine.npz").read_bytes() == b"mine"
+    assert (tmp_path / "new-grid.png").read_bytes() == (tmp_path / "mine.npz").read_bytes() == b"mine"
 
 
 def test_what_it_wrote_is_replaced_and_what_was_changed_is_not(generator, tmp_path):
