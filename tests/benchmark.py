@@ -184,9 +184,11 @@ def plot_quality(curves, path):
         for who, colour in (("tutorial", "#b0532a"), ("train.py", "#2a5db0")):
             minutes, fids = zip(*found[who])
             ax.plot(minutes, fids, "o-", color=colour, label=who)
-            ax.annotate(f"{fids[-1]:.1f}", (minutes[-1], fids[-1]), (4, 4), textcoords="offset points", color=colour)
+            ax.annotate(f"{fids[-1]:.1f}", (minutes[-1], fids[-1]), (4, 5), textcoords="offset points", color=colour, ha="right")
         ax.axhline(found["floor"], color="#777777", linestyle=":", label="real against real")
         ax.set(title=name, xlabel="minutes of training", ylabel="FID", yscale="log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=130)
