@@ -298,29 +298,39 @@ def digest_of(images, indices, name):
     return digest.hexdigest()
 
 
-def inception_features(network, images, device, indices, folder=None):
+def inception_features(network, images, device, indices, folder=None, kind=None):
     """Features (n, 2048) float32 of the images at indices (n,), of images as open_images returns them.
 
-    folder: where those of each PART are kept, as HASH.npy, and found again by the hash of the images.
+    folder: where those of each PART are kept, as HASH.npy, and found again by the hash of the images. kind:
+    what to call the images where some have to be computed.
     """
     features = np.empty((len(indices), 2048), np.float32)
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # ten bits would show in the FID
     with tqdm(total=len(indices), unit="img", leave=False, disable=None) as bar, exact:
         for start in range(0, len(indices), PART):
             some, out = indices[start:start + PART], features[start:start + PART]
-            if not folder:
-                compute_features(network, images, device, some, out, bar)
-                continue
-            file = Path(folder, f"{digest_of(images, some, network.name)}.npy")
-            try:
-                out[:] = np.load(file)
+            file = folder and Path(folder, f"{digest_of(images, some, network.name)}.npy")
+            if file and find_kept(file, out):
                 bar.update(len(some))
-            except (OSError, ValueError, EOFError):  # not there, or damaged
-                compute_features(network, images, device, some, out, bar)
-                folder = folder if keep(file, out) else None
-                if bar.disable and len(indices) > PART:  # no terminal: a line now and then
-                    print(f"{start + len(some)} of {len(indices)} images", flush=True)
+                continue
+            if kind:
+                print(f"{len(indices)} {kind} images", flush=True)
+                kind = None
+            compute_features(network, images, device, some, out, bar)
+            if bar.disable and len(indices) > PART:  # no terminal: a line now and then
+                print(f"{start + len(some)} of {len(indices)} images", flush=True)
+            if file and not keep(file, out):
+                folder = None
     return features
+
+
+def find_kept(file, out):
+    """Read a .npy into an array; whether it was there and whole."""
+    try:
+        out[:] = np.load(file)
+        return True
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def keep(file, array):
@@ -355,9 +365,7 @@ def measure_images(network, images, device, indices=None, kind=None, folder=None
     if isinstance(images, dict):
         return images | {"n": None}
     indices = np.arange(len(images)) if indices is None else indices
-    if kind:
-        print(f"{len(indices)} {kind} images", flush=True)
-    features = inception_features(network, images, device, indices, folder)
+    features = inception_features(network, images, device, indices, folder, kind)
     mu, sigma = statistics(features)
     return {"mu": mu, "sigma": sigma, "n": len(features), "features": features}
 

@@ -346,6 +346,7 @@ def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     assert "60 real images" not in call("evaluate.py", "--run", run, "--num-real", "60", "--device", "cpu").stdout
     meta = json.loads((shapes / "meta.json").read_text())
     other = shutil.copytree(shapes, tmp_path / "other")
+    shutil.rmtree(other / "features")
     (other / "meta.json").write_text(json.dumps(meta | {"fingerprint": "another"}))
     (run / "images.jsonl").write_text("".join(json.dumps({"caption": "a star", "row": i}) + "\n" for i in range(40)))
     said = call("evaluate.py", "--run", run, "--data", other, "--num-real", "60", "--device", "cpu").stdout
