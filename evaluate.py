@@ -386,11 +386,12 @@ def real_statistics(network, weights, data, num_real, floor, device, features=Fa
 
     def measure(rows, kind=None):
         return measure_images(network, images, device, rows, kind, data.folder / "features")
-    real = {"rows": order[:n]} | (kept if kept and not features else measure(order[:n], "real") | kept)
-    if floor and "floor" not in real:
+    floor = floor and "floor" not in kept
+    real = {"rows": order[:n]} | (measure(order[:n], "real") if features or floor or not kept else {}) | kept
+    if floor:
         m = min(n, len(images) // 2)
         print(f"{m} real images against {m} others", flush=True)
-        one = real if m == n else measure(order[:m])
+        one = real if m == n else dict(zip(("mu", "sigma"), statistics(real["features"][:m])))
         real |= {"floor": fid(one, measure(order[m:2 * m])), "floor_n": m}
     if names & real.keys() != kept.keys():
         try:
@@ -1149,14 +1150,14 @@ def read_run(folder):
 
     for file in [folder / "metrics.json", *sorted(folder.glob("metrics-*.json"))]:
         metrics = read_or_empty(file)
+        if not metrics and file.name != "metrics.json":
+            continue  # damaged
         scored, reference = figures_of(metrics), metrics.get("reference", options["data"])
         first = scored.get("fid") or scored.get("bleu_2") or {}
         measured = {MEASURES[key][0]: number(scored.get(key, {}).get("value"), MEASURES[key][1])
                     for key in COMPARED}
         taken = {"n": [first.get("n_generated"), first.get("n_real")],
                  "protocol": first.get("protocol", "").split("; real:")[0]} if first else {}
-        if not metrics and file.name != "metrics.json":
-            continue  # damaged
         found.append((taken, {
             "run": str(folder),
             "sample": folder / "grids" / ("latest.txt" if options["arch"] == "seq" else "latest.png"),
@@ -1311,8 +1312,8 @@ def score_images(args, images, run, config, record):
     weights = find_weights(args.weights)
     network = load_inception(weights, device)
 
-    fake = measure_images(network, generated, device, kind="generated", 
-                          folder=f"{images}.features" if run and not args.images else None)
+    parts = f"{images}.features" if run and not args.images else None
+    fake = measure_images(network, generated, device, kind="generated", folder=parts)
     if data:
         real = real_statistics(network, weights, data, args.num_real, args.floor, device, True)
     else:
@@ -1387,8 +1388,8 @@ def score(args):
         if texts and getattr(args, name):
             fail(f"{flag(name)}: not for a run of texts")
     names = ["texts.txt"] if texts else ["images", "images.npz"]
-    own = next((run / name for name in names if (run / name).exists()), None) if run else None
-    samples = Path(args.images) if args.images else own
+    samples = Path(args.images) if args.images else next(
+        (run / name for name in names if (run / name).exists()), None)
     if samples is None:
         fail(f"{run / names[0]} is not there: python sample.py --run {run} --num 2048")
     record = read_or_empty(run / "texts.json" if texts else f"{samples}.json")
@@ -1423,7 +1424,8 @@ def score(args):
             track(run, config, metrics)
         kind = "texts" if texts else "images"
         print(f"report: {report}   figures: {target}   {kind}: {samples}")
-        shutil.rmtree(f"{own}.features", ignore_errors=True)
+        if not args.images:
+            shutil.rmtree(f"{samples}.features", ignore_errors=True)
 
 
 def main():

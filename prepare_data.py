@@ -45,12 +45,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 
+def missing(*packages):
+    """Those of these packages that are not installed."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
 def need(*packages):
     """One line and status 2 where a package is missing; the scripts call it before they import any."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        name = Path(sys.argv[0]).name
-        print(f"{name}: {', '.join(missing)} not installed: pip install -r requirements.txt", file=sys.stderr)
+    if names := ", ".join(missing(*packages)):
+        script = Path(sys.argv[0]).name
+        print(f"{script}: {names} not installed: pip install -r requirements.txt", file=sys.stderr)
         sys.exit(2)
 
 

@@ -17,7 +17,6 @@ import base64
 import contextlib
 import hashlib
 import html
-import importlib.util
 import io
 import json
 import math
@@ -461,10 +460,9 @@ def export(path, generator, saved):
         fail(f"--export {out}: name a file that ends in .pt2 or .onnx, in a folder that is there")
     if model["arch"] == "seq":
         fail(f"--export {out}: of generators of images; one of texts (--arch seq) draws word by word")
-    needed = ("onnx", "onnxscript", "onnxruntime") if out.suffix == ".onnx" else ()
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        fail(f"--export {out}: needs packages: pip install {' '.join(missing)}")
+    packages = prepare_data.missing("onnx", "onnxscript", "onnxruntime")
+    if out.suffix == ".onnx" and packages:
+        fail(f"--export {out}: needs packages: pip install {' '.join(packages)}")
     written = Written(out.parent)
     written.check(out)
     drawing = Drawing(generator.to(memory_format=torch.contiguous_format), saved["dial"]).eval()

@@ -10,7 +10,6 @@ grids/. SIGINT, SIGTERM, SIGUSR1, SIGHUP finish the step, save and exit with 75;
 
 import contextlib
 import copy
-import importlib.util
 import io
 import json
 import math
@@ -212,7 +211,7 @@ def parse_args(argv=None):
             parser.needless(args, name, "needs a value START:END, such as --lr-g 2e-4:5e-5")
     args.schedule = args.schedule or ("cosine" if changing else "constant")
     for name in args.tracker:
-        if importlib.util.find_spec(name) is None:
+        if prepare_data.missing(name):
             fail(f"--tracker {name} needs a package: pip install {name}")
     return args
 

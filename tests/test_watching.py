@@ -115,7 +115,7 @@ def test_wandb(tracked):
 
 
 def test_missing_tracker_is_one_line(shapes, tmp_path):
-    code = "import train; train.importlib.util.find_spec = lambda name: None; train.main()"
+    code = "import importlib.util, train; importlib.util.find_spec = lambda name: None; train.main()"
     done = call(sys.executable, "-c", code, "--data", shapes, "--out", tmp_path / "r", "--tracker", "wandb", status=2, cwd=ROOT)
     assert "pip install wandb" in done.stderr and len(done.stderr.splitlines()) == 1 and not (tmp_path / "r").exists()
 
