@@ -47,6 +47,7 @@ from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, cores, fail, find_d
 EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
 FORMAT = 2  # of checkpoint.pt and generator.pt
+LATER = {"detail": 0.0}  # options that files of this format may lack, and what they stood at
 STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "grad_norm_d", "diversity",
          "clipped_g", "clipped_d")  # what the steps report; log.jsonl has the means of an interval
 # options that a resumed run may change: where, how long and how it is watched
@@ -107,6 +108,8 @@ def parse_args(argv=None):
     add("--norm-d", choices=["batch", "none"], excludes="--arch resnet", help="normalisation in D (default: "
         "none with --r1, --r2 or --gp, which take images one by one, else batch)")
     add("--spectral-norm", action="store_true", excludes="--arch resnet", help="of D's weights")
+    add("--detail", type=weight, default=0.0, metavar="GAIN", help="D is shown, so many times amplified, how "
+        "each pixel differs from the mean around it: for flat colours and sharp edges")
     add("--attention", action="store_true", needs="--condition text", help="words attend to places in G")
     add("--cond-augment", type=weight, default=0.0, metavar="WEIGHT", needs="--condition label or text",
         help="G draws its condition from a normal distribution around it; weight of its divergence")
@@ -271,7 +274,7 @@ class Images:
         known = self.conditions.shape[2] if self.condition == "vector" else len(
             {"none": (), "label": meta["classes"], "text": meta["vocabulary"]}[self.condition])
         names = ("arch", "width", "width_d", "width_max", "blocks", "extra_convs", "latent_dim", "norm_d",
-                 "spectral_norm", "attention", "cond_augment")
+                 "spectral_norm", "detail", "attention", "cond_augment")
         return {name: getattr(args, name) for name in names} | {
             "depth": depth, "sizes": [int(s) for s in sizes], "channels": meta["channels"],
             "condition": self.condition, "known": known}
@@ -590,9 +593,10 @@ class Discriminator(nn.Module):
     def __init__(self, m):
         super().__init__()
         widths, self.normalised = widths_of(m.width_d, m, self.outer), m.norm_d == "batch"
-        self.blocks = m.blocks
+        self.blocks, self.detail = m.blocks, m.detail
         self.starts = [(m.sizes[-1] // size).bit_length() - 1 for size in m.sizes]  # first stage of each size
-        self.stems = nn.ModuleList(self.stem(m.channels, widths[start]) for start in self.starts)
+        channels = m.channels * (2 if m.detail else 1)
+        self.stems = nn.ModuleList(self.stem(channels, widths[start]) for start in self.starts)
         self.stages = nn.ModuleList(self.stage(a, b) for a, b in zip(widths, widths[1:]))
         base = m.sizes[-1] >> m.depth
         self.head, self.places = self.last(widths[-1], base), base * base
@@ -610,14 +614,21 @@ class Discriminator(nn.Module):
     def forward(self, x, condition=None, dial=None):
         level = len(self.stems) - 1 if dial is None else dial
         seen = math.ceil(level)
-        h = self.stems[seen](x)
+        h = self.first(x, seen)
         for i in range(self.starts[seen], len(self.stages) + 1):
             if level < seen and i == self.starts[seen - 1]:
                 smaller = F.avg_pool2d(x, 2 ** (self.starts[seen - 1] - self.starts[seen]))
-                h = torch.lerp(self.stems[seen - 1](smaller), h, level - seen + 1)
+                h = torch.lerp(self.first(smaller, seen - 1), h, level - seen + 1)
             if i < len(self.stages):
                 h = self.stages[i](h)
         return self.judge(h, condition)
+
+    def first(self, x, seen):
+        """The first feature map of images of one of the sizes."""
+        if self.detail:  # a level of gray more or less is lost beside what changes a whole image
+            around = F.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=False)
+            x = torch.cat([x, self.detail * (x - around)], 1)
+        return self.stems[seen](x)
 
     def judge(self, h, condition):
         """(logits, features) of the last feature map."""
@@ -703,6 +714,7 @@ class Modulated(nn.Sequential):
 class SNGANGenerator(DCGANGenerator):
     """After Miyato et al. 2018: convolutions at every resolution, z and condition at each normalisation."""
     outer = False
+    squash = staticmethod(lambda x: x.float().tanh())  # in bf16 black and white move by half a level of gray
 
     def stage(self, a, b, extra):
         layers = [nn.Upsample(scale_factor=2)]  # transposed convolutions leave their grid on flat colours
@@ -1041,7 +1053,7 @@ def load_generator(path, device="cpu"):
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path}: of another version of train.py; draw with that one, or train again")
     try:
-        generator, _ = build_networks(saved["model"])
+        generator, _ = build_networks(LATER | saved["model"])
         generator.load_state_dict(saved.pop("generator"))
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path}: no generator of train.py ({in_a_line(error)})") from None
@@ -1624,7 +1636,7 @@ def check_same(run, saved, path):
     options, asked, model = saved["options"], vars(run.args), saved["model"]
     free = FREE - ({"epochs"} if asked["grow"] else set())  # whose sizes hang on their number
     free -= {"fid_num"} if saved["best"] and asked["fid_every"] else set()  # of which the lowest FID was
-    there, here = options | model, {k: v for k, v in asked.items() if k not in free} | run.model
+    there, here = LATER | options | model, {k: v for k, v in asked.items() if k not in free} | run.model
     changed = [f"{flag(k) if k in asked else k} {there.get(k)} there, {v} asked" for k, v in here.items()
                if there.get(k) != v]
     if saved["fingerprint"] != run.data.meta["fingerprint"]:

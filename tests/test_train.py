@@ -496,7 +496,7 @@ def test_average_generator(tmp_path):
                                     ("--lr-g", "1e-3:0"), ("--latent-dim", "99"), ("--loss", "relativistic"), ("--r1", "1"),
                                     ("--r2", "1"), ("--norm-d", "none"), ("--extra-convs", "1"),
                                     ("--width-d", "4"), ("--ema", "0.01"), ("--loss", "hinge"), ("--loss", "lsgan"),
-                                    ("--loss", "wgan-gp"), ("--gp", "1"), ("--spectral-norm",), ("--arch", "sngan"), ("--diffaug",),
+                                    ("--loss", "wgan-gp"), ("--gp", "1"), ("--spectral-norm",), ("--detail", "10"), ("--arch", "sngan"), ("--diffaug",),
                                     ("--diffaug", "1:0.5"), ("--r1", "0:1"), ("--beta2", "0.9:0.99"), ("--ema", "0:0.9"),
                                     ("--ema-images", "1"), ("--burn-in", "32"), ("--blocks", "1"), ("--width-max", "8"),
                                     ("--crop-shift", "0.1"), ("--jitter", "0.3"), ("--feature-matching", "1"),
@@ -514,6 +514,32 @@ def test_each_option_does_something(option, tmp_path):
     plain, other = (steps_of(trainer(tmp_path, *base, *o), 3) for o in ((), option))
     assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(floats(plain.state.ema.net), floats(other.state.ema.net)))
     assert sum(skips(other)[0]) == 0 and all(torch.isfinite(x).all() for x in floats(other.state.ema.net))
+
+
+def test_detail_is_shown_to_d(tmp_path):
+    """Beside the image ten times its difference from the mean of the pixels around, of which edges have fewer."""
+    t, told = trainer(tmp_path, "--amp", "off", "--detail", "10"), []
+    t.state.D.net.stems[0].register_forward_pre_hook(lambda module, args: told.append(args[0].detach()))
+    image = torch.rand(2, 3, 16, 16)
+    t.state.D.net(image)
+    assert torch.equal(told[0][:, :3], image) and told[0].shape[1] == 6
+    for i, j in ((0, 0), (0, 7), (5, 9), (15, 15)):
+        around = image[..., max(i - 1, 0):i + 2, max(j - 1, 0):j + 2].mean((2, 3))
+        assert torch.allclose(told[0][:, 3:, i, j], 10 * (image[..., i, j] - around), atol=1e-5)
+
+
+def test_files_from_before_an_option_are_read(tmp_path):
+    """What a checkpoint of the same format does not name stood at its default."""
+    t = trainer(tmp_path)
+    saved = {"format": train.FORMAT, "options": dict(vars(t.run.args)), "model": dict(t.run.model), "best": None,
+             "fingerprint": t.run.data.meta["fingerprint"], "generator": t.state.G.net.state_dict()}
+    del saved["options"]["detail"], saved["model"]["detail"]
+    train.check_same(t.run, saved, "checkpoint.pt")
+    torch.save(saved, tmp_path / "generator.pt")
+    assert train.load_generator(tmp_path / "generator.pt")[0].noise_dim == 100
+    saved["options"]["detail"] = 10.0
+    with pytest.raises(SystemExit):
+        train.check_same(t.run, saved, "checkpoint.pt")
 
 
 def test_clipping_bounds_the_gradient(tmp_path, monkeypatch):
