@@ -36,7 +36,8 @@ small=(--arch sngan --width 16 --width-d 16 --loss relativistic --r1 0.01 --r2 0
 r3gan=(--arch resnet --blocks 2 --width-max 768 --latent-dim 64 --loss relativistic --beta1 0 --beta2 0.9:0.99)
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
-                train=("${small[@]}" --condition text --mismatch-weight 0.5 --batch-size 32 --epochs 30)
+                train=("${small[@]}" --condition text --mismatch-weight 0.5 --detail 10 --batch-size 16
+                       --penalty-interval 8 --epochs 24)
                 real=(--num-real 2048) ;;
     captioned)  prepare=(folder --size 32 --holdout 0.05)
                 train=("${small[@]}" --condition text --mismatch-weight 0.5 --batch-size 32 --epochs 180)
