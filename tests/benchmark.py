@@ -76,7 +76,7 @@ def networks(size=64, channels=3):
     return train.build_networks({
         "arch": "dcgan", "sizes": [size], "channels": channels, "width": 64, "width_d": 64, "extra_convs": 0,
         "norm_d": "batch", "depth": train.default_depth(size), "latent_dim": 100, "condition": "none", "known": 0,
-        "spectral_norm": False, "attention": False, "cond_augment": False, "blocks": None, "width_max": None})
+        "spectral_norm": False, "detail": 0.0, "attention": False, "cond_augment": False, "blocks": None, "width_max": None})
 
 
 def tutorial(images, size=64, channels=3):

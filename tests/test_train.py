@@ -35,7 +35,7 @@ D_LOSS, G_LOSS = ({name: entry[i] for name, entry in train.LOSSES.items()} for i
 def networks(arch="dcgan", size=64, channels=3, width=64, **more):
     model = {"arch": arch, "sizes": [size], "channels": channels, "width": width, "width_d": width, "extra_convs": 0,
              "norm_d": "batch", "depth": train.default_depth(size), "latent_dim": 100, "condition": "none", "known": 0,
-             "spectral_norm": False, "attention": False, "cond_augment": False, "width_max": None,
+             "spectral_norm": False, "detail": 0.0, "attention": False, "cond_augment": False, "width_max": None,
              "blocks": 1 if arch == "resnet" else None}
     return train.build_networks(model | more)
 
