@@ -6,7 +6,7 @@
 #SBATCH --signal=B:USR1@120
 # Prepare, train, sample and score, each where it is not done yet. Called again it goes on where it stopped.
 #
-#     bash run_all.sh                                 # drawn shapes and captions, 12 to 17 minutes on 2 cores
+#     bash run_all.sh                                 # drawn shapes and captions, about 17 minutes on 2 cores
 #     ROOT=faces.zip bash run_all.sh folder           # your images: a folder, .zip or .tar(.gz)
 #     bash run_all.sh mnist --epochs 10               # what follows the recipe goes to train.py
 #     ROOT=faces.zip sbatch --gres=gpu:8 run_all.sh anime64   # a job, on one or --nodes=2; requeued at its time limit
