@@ -514,7 +514,8 @@ button { font: inherit; padding: .4rem 1rem; margin: .6rem 0; }
 <p>Four random inputs (latents) in the corners, their mixtures between. Point to look; a click or the arrow
 keys choose.</p></div>
 <div><div id="large" class="drawn" role="img"></div>
-<label>Truncation, to the right more usual and less varied: <output id="cut"></output><input id="level" type="range" min="0" step="1"></label></div>
+<label>Truncation, to the right more usual and less varied: <output id="cut"></output>
+<input id="level" type="range" min="0" step="1"></label></div>
 </main>
 <fieldset id="rows"></fieldset>
 <code id="command"></code>

@@ -614,16 +614,16 @@ class Discriminator(nn.Module):
     def forward(self, x, condition=None, dial=None):
         level = len(self.stems) - 1 if dial is None else dial
         seen = math.ceil(level)
-        h = self.first(x, seen)
+        h = self.first_map(x, seen)
         for i in range(self.starts[seen], len(self.stages) + 1):
             if level < seen and i == self.starts[seen - 1]:
                 smaller = F.avg_pool2d(x, 2 ** (self.starts[seen - 1] - self.starts[seen]))
-                h = torch.lerp(self.first(smaller, seen - 1), h, level - seen + 1)
+                h = torch.lerp(self.first_map(smaller, seen - 1), h, level - seen + 1)
             if i < len(self.stages):
                 h = self.stages[i](h)
         return self.judge(h, condition)
 
-    def first(self, x, seen):
+    def first_map(self, x, seen):
         """The first feature map of images of one of the sizes."""
         if self.detail:  # a level of gray more or less is lost beside what changes a whole image
             around = F.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=False)
