@@ -44,7 +44,7 @@ from pytorch_fid import inception as fid_inception
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from prepare_data import (Data, Parser, fail, find_device, flag, in_a_line, leave, load_text_encoder,
+from prepare_data import (LATER, Data, Parser, fail, find_device, flag, in_a_line, leave, load_text_encoder,
                           on_signals, plural, read_json, read_lines, read_picture, status_of, steady_output,
                           whole_file, why_left, why_unread, within, write_json, write_text)
 
@@ -95,12 +95,13 @@ MEASURES = {  # key in metrics.json: name in print, digits after the point, prot
     **{f"distinct_{n}": (f"distinct-{n}", 3, f"different {n}-grams of all") for n in (1, 2)},
     "novelty": ("novelty", 3, "texts that training has not seen"),
     "different": ("different", 3, "different texts of all"),
-    "nll": ("NLL", 3, "the generator's own, nats a token of held-out texts"),
+    "nll": ("NLL", 3, "the generator's own at temperature {temperature:g}, nats a token of held-out texts"),
     "nll_oracle": ("NLL by the oracle", 3,
                    "the oracle's, nats a token of generated texts; lower where they vary less"),
     "nll_oracle_real": ("the same of real texts", 3, "the same of real ones")}
 ATTRIBUTES = ("seen by a small network, right on {on_real:.1%} of held-out real images; deviation over "
               "tenths; {captions}")
+DRAWN_AS = ("labels", "text", "held_out", "truncation", "at", "temperature")  # of sample.py
 COMPARED = ("fid", "kid", "precision", "recall", "modes", "kl",  # by --compare
             "bleu_2", "self_bleu_2", "nll", "nll_oracle")
 
@@ -304,7 +305,7 @@ def inception_features(network, images, device, indices, folder=None, kind=None)
     folder: where those of each PART are kept, as HASH.npy, and found again by the hash of the images. kind:
     what to call the images where some have to be computed.
     """
-    features = np.empty((len(indices), 2048), np.float32)
+    features, said = np.empty((len(indices), 2048), np.float32), False
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # ten bits would show in the FID
     with tqdm(total=len(indices), unit="img", leave=False, disable=None) as bar, exact:
         for start in range(0, len(indices), PART):
@@ -313,12 +314,12 @@ def inception_features(network, images, device, indices, folder=None, kind=None)
             if file and find_kept(file, out):
                 bar.update(len(some))
                 continue
-            if kind:
+            if kind and not said:
+                said = True
                 print(f"{len(indices)} {kind} images", flush=True)
-                kind = None
             compute_features(network, images, device, some, out, bar)
-            if bar.disable and len(indices) > PART:  # no terminal: a line now and then
-                print(f"{start + len(some)} of {len(indices)} images", flush=True)
+            if kind and bar.disable and len(indices) > PART:  # no terminal: a line now and then
+                print(f"{start + len(some)} of {len(indices)} {kind} images", flush=True)
             if file and not keep(file, out):
                 folder = None
     return features
@@ -370,7 +371,7 @@ def measure_images(network, images, device, indices=None, kind=None, folder=None
     return {"mu": mu, "sigma": sigma, "n": len(features), "features": features}
 
 
-def real_statistics(network, weights, data, num_real, floor, device, features=False):
+def real_statistics(network, data, num_real, floor, device, features=False):
     """{"mu" (2048,), "sigma" (2048, 2048), "n"} of so many real images (None: all) of a Data, seeded.
 
     On request also the "floor": the FID of "floor_n" of them against as many others, and "features" (n, 2048)
@@ -378,21 +379,22 @@ def real_statistics(network, weights, data, num_real, floor, device, features=Fa
     """
     images, n = data.array("images"), real_count(data, num_real, floor)
     order = np.random.default_rng(0).permutation(len(images))
-    path, about = data.folder / f"fid_{n}.npz", f"{data.meta['fingerprint']} {weights.name} in order"
+    path, about = data.folder / f"fid_{n}.npz", f"{data.meta['fingerprint']} {network.name} in order"
     names, kept = {"mu", "sigma", "n", "floor", "floor_n"}, {}
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as file:
         if str(file["about"]) == about:
             kept = {key: file[key] if file[key].ndim else file[key].item() for key in names & set(file.files)}
 
-    def measure(rows, kind=None):
-        return measure_images(network, images, device, rows, kind, data.folder / "features")
-    floor = floor and "floor" not in kept
-    real = {"rows": order[:n]} | (measure(order[:n], "real") if features or floor or not kept else {}) | kept
+    floor, folder, real = floor and "floor" not in kept, data.folder / "features", {"rows": order[:n]}
+    if features or floor or not kept:
+        real |= measure_images(network, images, device, order[:n], "real", folder)
+    real |= kept
     if floor:
         m = min(n, len(images) // 2)
-        print(f"{m} real images against {m} others", flush=True)
-        one = real if m == n else dict(zip(("mu", "sigma"), statistics(real["features"][:m])))
-        real |= {"floor": fid(one, measure(order[m:2 * m])), "floor_n": m}
+        more = inception_features(network, images, device, order[n:2 * m], folder, "other real")
+        halves = real["features"][:m], np.concatenate([real["features"][m:2 * m], more])
+        one, other = (dict(zip(("mu", "sigma"), statistics(half))) for half in halves)
+        real |= {"floor": fid(one, other), "floor_n": m}
     if names & real.keys() != kept.keys():
         try:
             with whole_file(path) as file:
@@ -422,7 +424,7 @@ def fid_against_data(pixels, data, num_real, device):
     """FID of uint8 images (n, H, W, C) against so many of DATA/; train.py asks while it trains."""
     weights = find_weights()
     network = load_inception(weights, device)
-    real = real_statistics(network, weights, Data(data), num_real, False, device)
+    real = real_statistics(network, Data(data), num_real, False, device)
     return fid(measure_images(network, pixels, device), real)
 
 
@@ -688,19 +690,18 @@ def class_figures(data, generated):
 
 # ---- matching of image and caption -----------------------------------------------------------------------
 
-def matching(conditions, fake, real, network, images, device, told="captions of the training data"):
+def matching(conditions, fake, real, network, images, device, told, folder=None):
     """How generated images fit the real ones whose captions they were made for, in Inception's features.
 
     Returns the figures, and (image, cosine) of each image that was compared, the worst first. conditions: for
     each image the "row" of its real one; fake (n, 2048), in this order; real: as real_statistics returns it,
-    its features used where the row is among them, else those of images; told: whose captions, for the
-    protocol.
+    its features used where the row is among them, else those of images, kept in folder; told: whose captions,
+    for the protocol.
     """
     # a row's first image speaks for it
     rows, numbers = np.unique([condition["row"] for condition in conditions], return_index=True)
-    if len(rows) > MATCHED:
-        some = np.random.default_rng(0).choice(len(rows), MATCHED, replace=False)
-        rows, numbers = rows[some], numbers[some]
+    some = np.random.default_rng(0).permutation(len(rows))[:MATCHED]
+    rows, numbers = rows[some], numbers[some]
     position = {row: i for i, row in enumerate(real["rows"].tolist())}
     kept = np.array([row in position for row in rows.tolist()])
     if kept.sum() >= min(len(rows), 1000):
@@ -708,7 +709,7 @@ def matching(conditions, fake, real, network, images, device, told="captions of 
         own = real["features"][[position[row] for row in rows[kept].tolist()]]
     else:  # other rows than those of the FID: a thousand images more
         numbers = numbers[:1000]
-        own = inception_features(network, images, device, rows[:1000])
+        own = inception_features(network, images, device, rows[:1000], folder, "captioned real")
     fake, own = (f.astype(np.float64) - real["mu"] for f in (fake[numbers], own))
     fake, own = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (fake, own))
     cosine = (fake * own).sum(1)
@@ -724,11 +725,12 @@ def matching(conditions, fake, real, network, images, device, told="captions of 
     return found, sorted(zip(numbers.tolist(), cosine.tolist()), key=lambda pair: pair[1])
 
 
-def attribute_rates(conditions, fake, images, captions, held_out=()):
+def attribute_rates(conditions, fake, images, captions, told, held_out=()):
     """Of captions with attributes (shapes): how often a small network, trained on real images, sees each.
 
-    fake, images (DATA's): as open_images returns them, in the order of conditions and of captions; held_out:
-    the captions that the rows of conditions are of, where those are not DATA's own.
+    fake, images (DATA's): as open_images returns them, in the order of conditions and of captions; told:
+    whose captions, for the protocol; held_out: those that the rows of conditions are of, where those are not
+    DATA's own.
     """
     names = [key for key in captions[0] if key != "captions"]
     if not names:
@@ -752,7 +754,6 @@ def attribute_rates(conditions, fake, images, captions, held_out=()):
     expected = true_of(held_out or captions)[[condition["row"] for condition in conditions]]
     on_fake = hits(shrink(fake, range(len(conditions)), size, channels), expected)
     tenths = torch.stack([part.mean(0) for part in on_fake.chunk(10)])
-    told = f"captions {'held out of training' if held_out else 'of the training data'}"
     rates = {}
     for i, name in enumerate([*names, "all"]):
         rate = float(on_fake[:, i].mean()), float(tenths[:, i].std())
@@ -839,7 +840,8 @@ def score_texts(file, data, record):
         warned.append(f"{len(lines) - len(texts)} of {len(lines)} texts are empty and left out")
     found = text_figures(texts, training, references, separator)
     if "nll" in record:
-        found |= figures({"nll": record["nll"]}, n_real=record["nll_texts"])
+        found |= figures({"nll": record["nll"]}, n_real=record["nll_texts"],
+                         temperature=record.get("temperature", 1))
     oracle = data.folder / "oracle.pt"
     if oracle.exists():
         index = {token: i for i, token in enumerate(vocabulary)}
@@ -1086,12 +1088,13 @@ def track(run, config, metrics):
     """The figures of a run, to the trackers that train.py wrote its curves to."""
     trackers = config["options"].get("tracker") or []
     values = {f"evaluate/{key}": entry["value"] for key, entry in figures_of(metrics).items()}
+    step = read_status(run)["step"]
     try:
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
             with SummaryWriter(run / "tensorboard") as writer:
                 for name, value in values.items():
-                    writer.add_scalar(name, value, read_status(run)["step"])
+                    writer.add_scalar(name, value, step)
         if "wandb" in trackers:
             import wandb
             with wandb.init(project="gan", id=config["run_id"], resume="allow", dir=run) as tracked:
@@ -1141,7 +1144,7 @@ def read_run(folder):
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     data, hardware = config["data"], config["hardware"]
-    options = config["options"] | {"data": f"{data['name']} {data['fingerprint'][:8]}"}
+    options = LATER | config["options"] | {"data": f"{data['name']} {data['fingerprint'][:8]}"}
     log, status = read_lines(folder / "log.jsonl"), read_status(folder)
     last, found = log[-1] if log else {}, []
 
@@ -1157,7 +1160,9 @@ def read_run(folder):
         measured = {MEASURES[key][0]: number(scored.get(key, {}).get("value"), MEASURES[key][1])
                     for key in COMPARED}
         taken = {"n": [first.get("n_generated"), first.get("n_real")],
-                 "protocol": first.get("protocol", "").split("; real:")[0]} if first else {}
+                 "protocol": first.get("protocol", "").split("; real:")[0],
+                 "images": metrics.get("images"),
+                 **{key: metrics.get("samples", {}).get(key) or None for key in DRAWN_AS}} if first else {}
         found.append((taken, {
             "run": str(folder),
             "sample": folder / "grids" / ("latest.txt" if options["arch"] == "seq" else "latest.png"),
@@ -1254,7 +1259,8 @@ def parse_args(argv=None):
         help="instead: one table of these runs, or of the runs in these folders, as comparison.md, .csv and "
              ".html beside the first, or under the name in --out")
     add("--out", metavar="FILE", help="where the figures go as JSON (default: RUN/metrics.json, "
-        "or metrics-NAME.json beside report-NAME.html where --data or --reference NAME is not the run's own)")
+        "or metrics-NAME.json beside report-NAME.html where --data, --reference or --images NAME is not the "
+        "run's own)")
     args = parser.parse_args(argv)
     if args.run and not (Path(args.run) / "config.json").exists():
         fail(f"--run {args.run}: not a run (no config.json); train.py makes it")
@@ -1278,8 +1284,9 @@ def score_captions(conditions, generated, fake, real, network, data, device, hel
     if held_out:
         images, told = data.array("held_out_images"), "captions held out of training"
         lines, real = data.captions(held_out=True), real | {"rows": np.arange(0)}  # none of them is there
-    found, ranked = matching(conditions, fake["features"], real, network, images, device, told)
-    found |= attribute_rates(conditions, generated, data.array("images"), data.captions(), lines)
+    found, ranked = matching(conditions, fake["features"], real, network, images, device, told,
+                             data.folder / "features")
+    found |= attribute_rates(conditions, generated, data.array("images"), data.captions(), told, lines)
     entries = [(i, [conditions[i]["row"]], f"{conditions[i]['caption']} ({cosine:.2f})")
                for i, cosine in ranked]
     heading = "Captions drawn {}: the generated image, the real one, their cosine"
@@ -1302,11 +1309,17 @@ def score_images(args, images, run, config, record):
     data = None if args.reference else Data(args.data or config["options"]["data"])
     if data:
         real_count(data, args.num_real, args.floor)  # before any work
-    conditions = read_lines(f"{images}.jsonl")  # what sample.py drew each of the images for
-    if len(conditions) != len(generated) or "caption" not in conditions[0]:
+    conditions, warned = read_lines(f"{images}.jsonl"), []  # what sample.py drew each of the images for
+    if conditions and len(conditions) != len(generated):
+        warned.append(f"{images}.jsonl tells of {plural(len(conditions), 'image')}, and here are "
+                      f"{len(generated)}: how well they match their captions is not measured")
+        conditions = []
+    if not conditions or "caption" not in conditions[0]:
         conditions = []
     if args.clip and not conditions:
-        fail(f"--clip: {images} has no captions beside it (sample.py writes them for --condition text)")
+        reason = warned[0] if warned else (
+            f"{images} has no captions beside it (sample.py writes them for --condition text)")
+        fail(f"--clip: {reason}")
     device = find_device(args.device)
     clip = load_clip(args.clip) if args.clip else None
     weights = find_weights(args.weights)
@@ -1315,12 +1328,12 @@ def score_images(args, images, run, config, record):
     parts = f"{images}.features" if run and not args.images else None
     fake = measure_images(network, generated, device, kind="generated", folder=parts)
     if data:
-        real = real_statistics(network, weights, data, args.num_real, args.floor, device, True)
+        real = real_statistics(network, data, args.num_real, args.floor, device, True)
     else:
         real = measure_images(network, reference, device, kind="real")
     source = data.folder if data else args.reference
     found, closest = image_figures(fake, real, network.classes, weights.name, source, device)
-    warned, galleries = [], []
+    galleries = []
     if run and data and closest:
         heading = f"The {GALLERY} samples that come closest to real images in Inception's features, and these"
         entries = [(i, real["rows"][near], f"sample {i}, and real ones") for i, near in closest]
@@ -1369,12 +1382,14 @@ def training_warnings(status, total, drawn):
     return warned
 
 
-def suffix_of(args, config):
-    """'' where a run is scored against what it was trained on, else '-NAME' of the other real images."""
-    other = args.reference or args.data
-    if not other or args.data and Data(other).meta["fingerprint"] == config["data"]["fingerprint"]:
-        return ""
-    return "-" + re.sub(r"[^\w.-]", "_", Path(other).resolve().name)
+def others_of(args, config, own):
+    """{"images", "reference": path}: of these what is not the run's own, such as its samples in `own`."""
+    others = {"reference": args.reference or args.data, "images": args.images}
+    if args.data and Data(args.data).meta["fingerprint"] == config["data"]["fingerprint"]:
+        del others["reference"]
+    if args.images and Path(args.images).resolve() in own:
+        del others["images"]
+    return {key: path for key, path in others.items() if path}
 
 
 def score(args):
@@ -1406,9 +1421,9 @@ def score(args):
     if record:
         metrics["samples"] = record
     metrics["seconds"] = round(time.perf_counter() - start, 1)
-    suffix = suffix_of(args, config) if run else ""
-    if suffix:
-        metrics["reference"] = args.reference or args.data
+    others = others_of(args, config, [(run / name).resolve() for name in names]) if run else {}
+    metrics |= others
+    suffix = "".join("-" + re.sub(r"[^\w.-]", "_", Path(path).resolve().name) for path in others.values())
     target = args.out or (run / f"metrics{suffix}.json" if run else None)
     if target:
         write_json(target, metrics)

@@ -109,6 +109,7 @@ class Item(NamedTuple):
 
 # ---- what all four scripts use -----------------------------------------------------------------------------
 
+LATER = {"detail": 0.0, "likelihood_weight": 0.0}  # train.py's options that older runs lack, and meant
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: interrupted or in use, call again
 
 

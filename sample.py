@@ -59,13 +59,14 @@ def parse_args(argv=None):
         "(default: RUN/images); of texts, a file ending in .txt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--export", metavar="FILE", needs="--run", excludes=["--num", "--out", "--grid", "--interpolate",
-        "--seed", "--labels", "--text", "--text-file", "--data", "--held-out", "--truncation", "--at"], help=
-        "the generator alone for other programs, instead of images: .pt2 for torch, .onnx for others")
+        "--seed", "--labels", "--text", "--text-file", "--data", "--held-out", "--truncation", "--at",
+        "--temperature", "--device"], help="the generator alone for other programs, instead of images: .pt2 "
+        "for torch, .onnx for others")
     add("--explore", action="store_true", needs="--run", excludes=["--num", "--out", "--grid",
         "--interpolate", "--export", "--truncation", "--at"], help="instead of images a page to play with, "
         "explore.html in RUN: a plane between four latents for each of the classes or captions (default: "
         f"the first {ROWS}), at several truncations")
-    add = parser.group("images")
+    add = parser.group("images", needs=["--run"])
     add("--num", type=within(0, 10 ** 8, int), help="how many images (default: a caption each, where they "
         "are named, else 64)")
     add("--seed", type=within(0, 2 ** 63, int), default=0, help="which images")
@@ -175,10 +176,11 @@ def label_conditions(args, saved):
     note_undrawn(args.num, len(asked), "labels")
     share = np.cumsum(saved["class_counts"]) / np.sum(saved["class_counts"])
 
-    def label(i):  # as often as in the training data
+    def label(i):
         if asked:
             return asked[i % len(asked)]
-        return int(np.searchsorted(share, np.random.default_rng([seed, i, 1]).random(), side="right"))
+        return int(  # as often as in the training data
+            np.searchsorted(share, np.random.default_rng([seed, i, 1]).random(), side="right"))
     return (lambda numbers: torch.tensor([label(i) for i in numbers]),
             lambda i: {"label": saved["classes"][label(i)]})
 
@@ -224,7 +226,7 @@ def encode_texts(told, saved):
     unknown = sorted({word for words in split for word in words if word not in index})
     if unknown:
         print(f"sample.py: not in the training captions: {', '.join(unknown)}", file=sys.stderr)
-    tokens = torch.zeros(len(split), max(map(len, split), default=1) or 1, dtype=torch.int64)
+    tokens = torch.zeros(len(split), max(map(len, split)), dtype=torch.int64)
     for row, words in zip(tokens, split):
         row[:len(words)] = torch.tensor([index.get(word, 1) for word in words])
     return tokens
@@ -269,8 +271,10 @@ def data_of(named, folder):
 # ---- drawing and writing ---------------------------------------------------------------------------------
 
 def generate(generator, z, conditions, dial, device):
-    """uint8 (n, H, W, C) of latents (n, dim) and conditions (n, …) or None."""
+    """uint8 (n, H, W, C) of latents (n, dim) and conditions (n, …), one for all (1, …), or None."""
     pixels = []
+    if conditions is not None:
+        conditions = conditions.expand(len(z), *conditions.shape[1:])
     for i in range(0, len(z), BLOCK):
         block = torch.arange(i, i + BLOCK).clamp(max=len(z) - 1)
         condition = conditions[block].to(device) if conditions is not None else None
@@ -284,7 +288,10 @@ class Written:
 
     def __init__(self, folder):
         self.folder, self.path = folder, folder / "sample.sha256"
-        self.lines = set(self.path.read_text().splitlines()) if self.path.exists() else set()
+        self.lines = self.read()
+
+    def read(self):
+        return set(self.path.read_text().splitlines()) if self.path.exists() else set()
 
     def line(self, path, data):
         return f"{hashlib.sha256(data).hexdigest()}  {path.relative_to(self.folder)}"
@@ -303,7 +310,7 @@ class Written:
                     fail(f"{what} is not as sample.py wrote it: move it away, or take another --out")
 
     def note(self, lines, instead_of=()):
-        self.lines = self.lines.difference(instead_of).union(lines)
+        self.lines = self.read().difference(instead_of).union(lines)  # another call may write meanwhile
         lines = sorted(self.lines, key=lambda line: line.split("  ", 1)[1])
         write_text(self.path, "".join(line + "\n" for line in lines))
 
@@ -355,7 +362,7 @@ def write_images(out, blocks, written):
         np.savez(buffer, images=np.concatenate([pixels for _, pixels in blocks]))
         return written.write(out, buffer.getvalue())
     partial, lines = out.with_name(f"{out.name}.{os.getpid()}.partial"), []
-    partial.mkdir(parents=True)
+    partial.mkdir()
 
     def write(name, pixels):
         data = encode(Image.fromarray(pixels.squeeze()), "PNG", compress_level=4)
@@ -372,7 +379,7 @@ def write_images(out, blocks, written):
         written.note(lines)  # before they are there: killed in between, both are known
         shutil.rmtree(out, ignore_errors=True)
         os.rename(partial, out)
-        written.note(lines, instead_of=before - set(lines))
+        written.note(lines, instead_of=before)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -380,8 +387,7 @@ def write_images(out, blocks, written):
 def write_walk(written, path, z, condition, draw):
     """PATH.png, stills of a closed walk through latents (n, dim) with one condition; PATH.webp, it moving."""
     steps = [slerp(z[i], z[(i + 1) % len(z)], f / FRAMES) for i in range(len(z)) for f in range(FRAMES)]
-    pixels = draw(torch.stack(steps), None if condition is None else
-                  condition.expand(len(steps), *condition.shape[1:]))
+    pixels = draw(torch.stack(steps), condition)
     still, moving = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "webp"))
     written.write(still, encode(make_grid(pixels[::FRAMES // 4]), "PNG"))
     side = pixels.shape[1] * max(1, 256 // pixels.shape[1])
@@ -427,7 +433,7 @@ def inputs_of(drawing, model, n, length):
     """Seeded inputs of a Drawing by name: n latents, and as many conditions, captions of `length` words."""
     made, known = torch.Generator().manual_seed(n), model["known"]
     condition = {"label": lambda: torch.randint(known, (n,), generator=made),
-                 "text": lambda: torch.randint(1, known, (n, length), generator=made),
+                 "text": lambda: torch.randint(known, (n, length), generator=made),  # 0 is padding
                  "vector": lambda: torch.randn(n, known, generator=made)}.get(model["condition"])
     z = {"z": torch.randn(n, drawing.generator.noise_dim, generator=made)}
     return z | {"condition": condition()} if condition else z
@@ -626,8 +632,7 @@ def explore(args, generator, saved, folder, device):
         for level in LEVELS:
             corners = truncated(z, level) if level else z
             points = torch.stack([in_plane(corners, x, y) for y in shares for x in shares])
-            conditions = None if condition is None else condition.expand(len(points), *condition.shape[1:])
-            pixels = generate(generator, points, conditions, saved["dial"], device)
+            pixels = generate(generator, points, condition, saved["dial"], device)
             sheet = make_grid(pixels, PLANE).reduce(-(-side // 128))
             sheet = encode(sheet, "WEBP", lossless=side <= 32, quality=90)
             sheets.append(f"data:image/webp;base64,{base64.b64encode(sheet).decode()}")
@@ -661,10 +666,13 @@ def write_texts(args, generator, saved, folder, device):
         texts += to_texts(tokens, {"vocabulary": saved["vocabulary"], "level": saved["text_level"]})
     record = {"num": args.num, "seed": args.seed, "temperature": args.temperature, "step": saved["step"]}
     data = data_of(args.data, folder)
+    if args.data and data.meta["vocabulary"] != saved["vocabulary"]:
+        fail(f"--data {args.data}: another vocabulary than the generator's")
     if data and data.meta["vocabulary"] == saved["vocabulary"]:
         held_out = torch.from_numpy(data.array("held_out").astype(np.int64))
         with torch.inference_mode():
-            parts = [generator.likelihood(part.to(device)) for part in held_out.split(BLOCK)]
+            parts = [generator.likelihood(part.to(device), args.temperature)
+                     for part in held_out.split(BLOCK)]
         losses, counts = (torch.cat(part) for part in zip(*parts))
         record |= {"nll": (losses * counts).sum().item() / counts.sum().item(), "nll_texts": len(held_out)}
     else:
@@ -695,15 +703,16 @@ def write_pictures(args, generator, saved, digest, folder, device):
     record, notes = (out.with_name(out.name + suffix) for suffix in (".json", ".jsonl"))
     folder, written = out.parent, Written(out.parent)
     request = {"num": args.num, "seed": args.seed, "labels": args.labels, "truncation": args.truncation,
-               "at": args.at, "text": args.text, "text_file": args.text_file,
-               "data": str(data.folder) if data else None, "held_out": args.held_out, "generator": digest,
-               "step": saved["step"]}
+               "at": args.at, "text": [text for text, _ in args.told],
+               "data": [str(data.folder), data.meta["fingerprint"]] if data else None,
+               "held_out": args.held_out, "generator": digest, "step": saved["step"]}
     done, before = False, {}
     with contextlib.suppress(OSError, ValueError):
         files = [out] if out.suffix == ".npz" else [out / f"{i:06d}.png" for i in range(args.num)]
         before = json.loads(record.read_text())
-        done = before == request and all(map(written.holds, files))
-    grid, captions, walk = (folder / f"{f'{out.stem}-' * bool(args.out)}{name}"
+        done = before == request and all(map(written.holds, [*files, notes]))
+    name_of_out = out.name.removesuffix(".npz")
+    grid, captions, walk = (folder / f"{f'{name_of_out}-' * bool(args.out)}{name}"
                             for name in ("grid.png", "captions.png", "interpolation"))
     written.check(*[out, record, notes] * bool(args.num and not done))
     written.check(*[grid] * bool(args.grid))
@@ -775,7 +784,8 @@ def main():
         else:
             write_pictures(args, generator, saved, digest, path.parent, device)
     except OSError as error:
-        fail(f"{error.strerror or error}: {error.filename or args.out or args.run}", status_of(error))
+        where = error.filename or args.out or args.export or args.run or args.film
+        fail(f"{error.strerror or error}: {where}", status_of(error))
 
 
 if __name__ == "__main__":

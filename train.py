@@ -40,14 +40,13 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from prepare_data import (TRY_AGAIN, Data, Parser, Trackers, cores, fail, find_device, flag, in_a_line, lock,
-                          on_signals, read_lines, status_of, steady_output, whole_file, within, write_json,
-                          write_text)
+from prepare_data import (LATER, TRY_AGAIN, Data, Parser, Trackers, cores, fail, find_device, flag, in_a_line,
+                          lock, on_signals, read_lines, status_of, steady_output, whole_file, within,
+                          write_json, write_text)
 
 EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
 FORMAT = 2  # of checkpoint.pt and generator.pt
-LATER = {"detail": 0.0}  # options that files of this format may lack, and what they stood at
 STATS = ("loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g", "grad_norm_d", "diversity",
          "clipped_g", "clipped_d")  # what the steps report; log.jsonl has the means of an interval
 # options that a resumed run may change: where, how long and how it is watched
@@ -912,6 +911,8 @@ class Texts:
         add("--pretrain-lr", type=within(0, 1), default=5e-3, needs="--pretrain-epochs", help="learning rate")
         add("--temperature", type=course(1e-6, 1e6), metavar="START:END", help="of the "
             "Gumbel-softmax, changing by factors (default: 2:0.5); RelGAN's: 1:0.01 with --schedule linear")
+        add("--likelihood-weight", type=within(0), default=0.0, metavar="WEIGHT", help="of the texts' "
+            "likelihood in what G learns against D, which keeps variety; loss_g in log.jsonl is without it")
 
     def __init__(self, args, data):
         self.meta, self.rows = data.meta, data.array("tokens")
@@ -936,14 +937,18 @@ class Texts:
         return F.one_hot(tokens.long(), run.model["channels"]).float()
 
     def step(self, run, state, turn, z, tokens, condition):
-        if state.step >= self.lead_in:
-            return train_step(run, state, turn, z, tokens, condition)
-        for part in tokens.long().chunk(run.args.grad_accum):  # G alone, towards the likelihood of the texts
+        alone, tokens = state.step < self.lead_in, tokens.long()  # G learns by likelihood, D does not yet
+        weight = 1 if alone else run.args.likelihood_weight * turn.train_g
+        many = run.sum(counted(tokens).sum()) / (run.world * run.args.grad_accum)  # tokens a part
+        for part in tokens.chunk(run.args.grad_accum) if weight else ():
             with run.autocast():
                 loss, counts = state.G.net.likelihood(part)
-            loss = (loss * counts).sum() / counts.sum()
+            loss = weight * (loss * counts).sum() / many
             state.G.backward(loss, run.args.grad_accum)
-            state.meter.note(loss_g=loss)
+            if alone:
+                state.meter.note(loss_g=loss)
+        if not alone:  # the likelihood's gradient stays, and the game's is added to it
+            return train_step(run, state, turn, z, tokens, condition)
         state.meter.note(**state.G.update(run))
         state.ema.update(state.G)
         state.meter.close()
@@ -960,6 +965,11 @@ def to_texts(tokens, meta):
     """Token ids (n, L) as strings, up to the first 0; meta: vocabulary, and level, which is word or char."""
     rows = [row[:row.index(0)] if 0 in row else row for row in tokens.tolist()]
     return [(" " if meta["level"] == "word" else "").join(meta["vocabulary"][i] for i in row) for row in rows]
+
+
+def counted(tokens):
+    """Which of the tokens (B, L) belong to their text: those up to the first 0."""
+    return F.pad(tokens[:, :-1] > 0, (1, 0), value=True)
 
 
 class SequenceGenerator(nn.Module):
@@ -994,14 +1004,15 @@ class SequenceGenerator(nn.Module):
             x = self.embed(token)
         return torch.stack(texts, 1)
 
-    def likelihood(self, tokens):
-        """Negative logarithm (B, L) of each token's probability, and which count: up to the first 0."""
+    def likelihood(self, tokens, dial=1.0):
+        """Negative logarithm (B, L) of tokens' probability at the temperature dial, and counted() of them."""
         inputs, state, outputs = F.embedding(tokens[:, :-1], self.embed.weight.T), None, []
         for x in (self.start.expand(len(tokens), -1), *inputs.unbind(1)):
             state = self.lstm(x, state)
             outputs.append(state[0])
-        loss = F.cross_entropy(self.logits(torch.stack(outputs, 1)).float().mT, tokens, reduction="none")
-        return loss, F.pad(tokens[:, :-1] > 0, (1, 0), value=True)
+        logits = self.logits(torch.stack(outputs, 1)).float() / dial
+        loss = F.cross_entropy(logits.mT, tokens, reduction="none")
+        return loss, counted(tokens)
 
 
 class SequenceDiscriminator(nn.Module):

@@ -173,7 +173,7 @@ def quality(work, name, source, args):
                 for minute, path in zip(minutes, paths)]
     weights = evaluate.find_weights()
     network = evaluate.load_inception(weights, torch.device("cpu"))
-    real = evaluate.real_statistics(network, weights, evaluate.Data(data), count, True, torch.device("cpu"))
+    real = evaluate.real_statistics(network, evaluate.Data(data), count, True, torch.device("cpu"))
     return {who: curve(p) for who, p in paths.items()} | {"floor": real["floor"], "n": real["floor_n"]}
 
 

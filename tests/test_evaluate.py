@@ -155,15 +155,15 @@ def test_matching_against_worked_out_cases():
     own = np.eye(150, 200, dtype=np.float32)  # 150 real images, each in a direction of its own
     real = {"mu": np.zeros(200), "features": own[::-1], "rows": np.arange(150)[::-1].copy()}
     notes = [{"row": i} for i in range(150)]
-    found, _ = evaluate.matching(notes, own * 3, real, None, None, None)
+    found, _ = evaluate.matching(notes, own * 3, real, None, None, None, "")
     assert found["cosine"]["value"] == pytest.approx(1) and found["r_precision"]["value"] == 1
     wrong = own.copy()
     wrong[7] = own[8]
-    assert evaluate.matching(notes, wrong, real, None, None, None)[1][0] == (7, pytest.approx(0)), "the worst comes first"
-    found, _ = evaluate.matching(notes, np.roll(own, 1, 0), real, None, None, None)
+    assert evaluate.matching(notes, wrong, real, None, None, None, "")[1][0] == (7, pytest.approx(0)), "the worst comes first"
+    found, _ = evaluate.matching(notes, np.roll(own, 1, 0), real, None, None, None, "")
     assert found["cosine"]["value"] == pytest.approx(0) and found["r_precision"]["value"] == 0
     # half of each image is its own, half its neighbour's: the neighbour is among 99 of 149 others in 2 cases of 3
-    found, _ = evaluate.matching(notes, own + 1.01 * np.roll(own, 1, 0), real, None, None, None)
+    found, _ = evaluate.matching(notes, own + 1.01 * np.roll(own, 1, 0), real, None, None, None, "")
     assert found["cosine"]["value"] == pytest.approx(0.5**0.5, abs=0.01)
     assert found["r_precision"]["value"] == pytest.approx(1 - 99 / 149, abs=0.1)
 
@@ -171,7 +171,7 @@ def test_matching_against_worked_out_cases():
 def test_images_of_one_caption_are_not_each_others_rivals():
     own = np.eye(120, 200, dtype=np.float32)
     real = {"mu": np.zeros(200), "features": own, "rows": np.arange(120)}
-    found, _ = evaluate.matching([{"row": i % 120} for i in range(480)], np.tile(own, (4, 1)), real, None, None, None)
+    found, _ = evaluate.matching([{"row": i % 120} for i in range(480)], np.tile(own, (4, 1)), real, None, None, None, "")
     assert found["r_precision"]["value"] == 1 and found["cosine"]["n_generated"] == 120
 
 
@@ -180,11 +180,11 @@ def test_attributes_are_seen(tmp_path):
     images = np.load(tmp_path / "data" / "images.npy")
     notes = [{"row": i} for i in range(400)]
     captions = Data(tmp_path / "data").captions()
-    rates = evaluate.attribute_rates(notes, images[:400], images, captions)
+    rates = evaluate.attribute_rates(notes, images[:400], images, captions, "")
     assert [rates[f"{name} right"]["value"] > 0.98 for name in ("colour", "background", "size")] == [True] * 3
     assert rates["all right"]["value"] > 0.7 and rates["all right"]["n_real"] == 600 and "%" in rates["all right"]["protocol"]
     gray = np.repeat(images[:400].mean(3, keepdims=True), 3, 3).astype(np.uint8)
-    blind = evaluate.attribute_rates(notes, gray, images, captions)
+    blind = evaluate.attribute_rates(notes, gray, images, captions, "")
     assert blind["colour right"]["value"] < 0.5 < blind["size right"]["value"]
 
 
@@ -283,6 +283,7 @@ def test_captions_held_out_of_training(tmp_path):
 
     def features(pixels):  # an Inception's stand-in: (n, 2048) of images (n, 3, H, W)
         return [pixels.flatten(1)[:, :2048, None, None]]
+    features.name = "features"
     own = evaluate.inception_features(features, images, "cpu", np.arange(300))
     real = {"mu": own.mean(0), "features": np.roll(own, 1, 0), "rows": np.arange(300)}  # rows of other images
     found, _ = evaluate.score_captions(notes, images, {"features": own}, real, features, data, "cpu", True)
@@ -292,6 +293,36 @@ def test_captions_held_out_of_training(tmp_path):
     found, _ = evaluate.score_captions(notes, images, {"features": own}, real, features, data, "cpu", False)
     assert found["colour right"]["value"] < 0.5, "rows of the training data are other images"
     assert "captions of the training data" in found["cosine"]["protocol"]
+
+
+class Brightness:
+    """An Inception's stand-in: features (n, 2048) of which all but 48 are 0, and which it counts."""
+
+    def __init__(self, name):
+        self.name, self.seen = name, 0
+
+    def __call__(self, x):
+        self.seen += len(x)
+        flat = x.flatten(1)[:, ::4] + len(self.name)
+        return [torch.nn.functional.pad(flat, (0, 2048 - flat.shape[1]))[:, :, None, None]]
+
+
+def test_real_images_against_others(tmp_path):
+    """The floor of all of DATA is of its halves, and no image passes through the network twice; another network's are apart."""
+    call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "8", "--num", "41")
+    data, network = Data(tmp_path / "data"), Brightness("a")
+    real = evaluate.real_statistics(network, data, None, True, "cpu")
+    assert (real["n"], real["floor_n"], network.seen) == (41, 20, 41)
+    order = np.random.default_rng(0).permutation(41)
+    halves = [evaluate.measure_images(network, data.array("images"), "cpu", order[i:i + 20]) for i in (0, 20)]
+    assert real["floor"] == pytest.approx(evaluate.fid(*halves)) and real["floor"] > 0
+    few = evaluate.real_statistics(network, data, 15, True, "cpu")
+    assert (few["n"], few["floor_n"]) == (15, 15)
+    halves = [evaluate.measure_images(network, data.array("images"), "cpu", order[i:i + 15]) for i in (0, 15)]
+    assert few["floor"] == pytest.approx(evaluate.fid(*halves))
+    seen = network.seen
+    assert evaluate.real_statistics(network, data, None, True, "cpu")["floor"] == real["floor"] and network.seen == seen
+    assert evaluate.real_statistics(Brightness("another"), data, None, False, "cpu")["mu"][0] > real["mu"][0] + 5
 
 
 def test_equals_pytorch_fid(weights, tmp_path):
@@ -332,8 +363,13 @@ def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     assert kept["mu"].shape == (2048,) and kept["sigma"].shape == (2048, 2048)
     own = [(run / name).read_bytes() for name in ("metrics.json", "report.html")]
     other = folder_of(tmp_path / "other set", 12, 40)
+    (tmp_path / "other set.jsonl").write_text('{"caption": "a star", "row": 0}\n')
+    said = call("evaluate.py", "--run", run, "--images", other, "--num-real", "60", "--device", "cpu").stdout
+    assert "other set.jsonl tells of 1 image, and here are 12" in said
+    apart = json.loads((run / "metrics-other_set.json").read_text())
+    assert apart["images"] == str(other) and (apart["fid"]["n_generated"], apart["fid"]["n_real"]) == (12, 60)
     call("evaluate.py", "--run", run, "--reference", other, "--device", "cpu")
-    assert own == [(run / name).read_bytes() for name in ("metrics.json", "report.html")], "those of the run's own data"
+    assert own == [(run / name).read_bytes() for name in ("metrics.json", "report.html")], "those of its own images and data"
     apart = json.loads((run / "metrics-other_set.json").read_text())
     assert apart["reference"] == str(other) and apart["fid"]["n_real"] == 12 and (run / "report-other_set.html").exists()
     page = (run / "report.html").read_text()

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +84,13 @@ def test_text(captioned, tmp_path):
     assert np.array_equal(a[1::2], b[1::2]) and not np.array_equal(a[0], b[0])
     call("sample.py", "--run", captioned, "--text", told[0], "--text", told[1], "--out", tmp_path / "all.npz")
     assert len(np.load(tmp_path / "all.npz")["images"]) == 2, "each caption once"
+    (tmp_path / "lines.txt").write_text(f"{told[0]}\n")
+    again = ("sample.py", "--run", captioned, "--num", "4", "--text", told[0], "--text-file", tmp_path / "lines.txt", "--out",
+             tmp_path / "a.npz")
+    assert "already" not in call(*again).stdout, "another file's lines are other captions"
+    assert "already" in call(*again).stdout
+    (tmp_path / "a.npz.jsonl").unlink()
+    assert "already" not in call(*again).stdout and (tmp_path / "a.npz.jsonl").exists()
     warned = call("sample.py", "--run", captioned, "--num", "1", "--text", told[0], "--text", told[1], "--out", tmp_path / "c.npz")
     assert warned.stderr.strip() == "sample.py: --num 1 leaves out 1 of 2 captions"
     (tmp_path / "lines.txt").write_text(f"{told[1]}\n\nzyx\n")
@@ -125,6 +133,8 @@ def test_held_out_captions(generator, captioned, shapes, tmp_path):
     call("sample.py", "--run", run, "--num", "30")
     assert json.loads((run / "images.json").read_text())["held_out"] is False
     assert (run / "images" / "000000.png").read_bytes() != before
+    call("train.py", "--data", data, "--out", run, "--condition", "text", "--max-steps", "3", *TINY)
+    assert "30 images of step 3" in call("sample.py", "--run", run, "--num", "30").stdout, "another generator's are drawn anew"
 
 
 def test_labels(generator, tmp_path):
@@ -137,6 +147,14 @@ def test_labels(generator, tmp_path):
     assert all(np.array_equal(a[n], b[n]) for n in a)
     assert np.array_equal(a["000002.png"], c["000002.png"]) and not np.array_equal(a["000001.png"], c["000001.png"])
     refused("sample.py", "--run", generator, "--labels", "dragon", naming=["--labels", "dragon", "red circle"])
+
+
+def test_classes_are_drawn_as_often_as_they_are_there():
+    saved = {"classes": ["a", "b", "c"], "class_counts": [300, 0, 100]}
+    conditions, note = sample.label_conditions(SimpleNamespace(seed=0, labels=None, num=2000), saved)
+    labels = conditions(range(2000))
+    assert np.bincount(labels, minlength=3) / 2000 == pytest.approx([0.75, 0, 0.25], abs=0.03)
+    assert note(0)["label"] == saved["classes"][labels[0]]
 
 
 def test_numbers_that_are_names():
@@ -172,6 +190,7 @@ def test_refusals(generator, tmp_path):
     refused("sample.py", "--run", generator, "--num", "2", "--data", tmp_path, naming="--data")
     refused("sample.py", "--run", generator, "--num", "-1", naming="--num")
     refused("sample.py", "--run", generator, "--truncation", "0", naming="--truncation")
+    refused("sample.py", "--film", tmp_path, "--num", "5", naming=["--num", "--run"])
 
 
 def test_nothing_is_replaced_but_what_it_wrote(generator, tmp_path):
@@ -205,6 +224,12 @@ def test_what_it_wrote_is_replaced_and_what_was_changed_is_not(generator, tmp_pa
     (real / "000001.png").unlink()
     said = call("sample.py", "--run", generator, "--num", "2", "--seed", "1", "--out", tmp_path / "link").stdout
     assert "already" not in said and (real / "000001.png").exists(), "it holds them all only when it does"
+    call("sample.py", "--run", generator, "--num", "2", "--out", tmp_path / "cut-0.5", "--truncation", "0.5", "--grid")
+    assert (tmp_path / "cut-0.5-grid.png").exists()
+    one, other = sample.Written(tmp_path), sample.Written(tmp_path)
+    for written, name in ((one, "one"), (other, "other")):
+        written.write(tmp_path / name, name)
+    assert all(sample.Written(tmp_path).holds(tmp_path / name) for name in ("one", "other")), "of two calls at once"
     (real / "000001.png").write_bytes(b"painted over")
     refused("sample.py", "--run", generator, "--num", "2", "--out", tmp_path / "link", naming="000001.png")
 
@@ -250,7 +275,7 @@ def test_exported_onnx_takes_captions_of_any_length(captioned, tmp_path):
     about = json.loads(session.get_modelmeta().custom_metadata_map["about"])
     assert about["vocabulary"] == saved["vocabulary"] and about["noise_dim"] == generator.noise_dim
     for n, length in (1, 1), (4, 12):
-        z, ids = torch.randn(n, generator.noise_dim), torch.randint(1, len(saved["vocabulary"]), (n, length))
+        z, ids = torch.randn(n, generator.noise_dim), torch.randint(len(saved["vocabulary"]), (n, length))
         want = sample.Drawing(generator, saved["dial"])(z, ids)
         drawn, = session.run(None, {"z": z.numpy(), "condition": ids.numpy()})
         assert np.allclose(drawn, want, atol=1e-4)

@@ -116,15 +116,16 @@ def test_networks():
     assert (G(z, None, 1e-4) == G(z[:1], None, 1e-4)).all(), "cold: the likeliest text, whatever the noise"
 
 
-def test_likelihood_is_that_of_what_is_drawn():
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_likelihood_is_that_of_what_is_drawn(temperature):
     G, _ = networks(vocabulary=3, length=2)
     torch.nn.init.normal_(G.logits.weight, 0, 3)
     G.eval()
     with torch.no_grad():
         side = (torch.arange(400) + 0.5) / 400  # quantiles, evenly
-        drawn = G(torch.special.ndtri(torch.cartesian_prod(side, side))).argmax(2)
+        drawn = G(torch.special.ndtri(torch.cartesian_prod(side, side)), None, temperature).argmax(2)
         for text in ([1, 2], [2, 1], [1, 0], [2, 2], [0, 0]):
-            loss, counts = G.likelihood(torch.tensor([text]))
+            loss, counts = G.likelihood(torch.tensor([text]), temperature)
             assert counts.tolist() == [[True, text[0] > 0]]
             share = (drawn == torch.tensor(text)).all(1).float().mean().item()
             assert math.exp(-(loss * counts).sum().item()) == pytest.approx(share, abs=0.005)
@@ -160,7 +161,7 @@ def test_what_a_run_leaves(run, data):
 def test_resumed_it_is_the_same_run(data, tmp_path):
     """Stopped in the likelihood's part and in the other, with penalties, accumulation, clipping, D's own rhythm."""
     options = ("train.py", "--data", data, *OPTIONS, "--gp", "1", "--epochs", "2", "--pretrain-epochs", "1",
-               "--grad-accum", "2", "--clip-grad", "1", "--d-steps", "2", "--amp", "bf16")
+               "--grad-accum", "2", "--clip-grad", "1", "--d-steps", "2", "--amp", "bf16", "--likelihood-weight", "0.5")
     for steps in (3, 20):
         call(*options, "--out", tmp_path / "parts", "--max-steps", steps)
     call(*options, "--out", tmp_path / "whole", "--max-steps", "20")
@@ -168,6 +169,36 @@ def test_resumed_it_is_the_same_run(data, tmp_path):
     for name in ("G", "D", "ema"):
         assert all(torch.equal(value, whole[name]["net"][key]) for key, value in parts[name]["net"].items())
     assert whole["G"]["skips"].sum() == whole["D"]["skips"].sum() == 0
+
+
+def test_likelihood_beside_d(data, tmp_path, monkeypatch):
+    """G's gradient is that of the game and so many times that of the texts' likelihood; D's own steps have neither."""
+    update, found = train.Player.update, []
+
+    def noted(player, run):
+        if player.name == "g":
+            found.append([p.grad.clone() for p in player.params])
+        return update(player, run)
+
+    monkeypatch.setattr(train.Player, "update", noted)
+
+    def one_step(*options):
+        run = train.make_run(train.parse_args(["--data", str(data), "--out", str(tmp_path), *OPTIONS, "--r1", "0", "--r2", "0",
+                                               "--amp", "off", "--grad-accum", "2", *options]))
+        state, (tokens, _) = train.make_state(run), next(train.batches(run, 0))
+        run.data.step(run, state, *train.prepare_step(run, state), tokens, None)
+        return run, state, tokens
+
+    one_step()
+    run, _, tokens = one_step("--likelihood-weight", "0.3")
+    G = train.make_state(run).G
+    loss, counts = G.net.likelihood(tokens.long())
+    by_hand = torch.autograd.grad(0.3 * loss[counts].mean(), G.params)
+    for alone, both, term in zip(*found, by_hand):
+        assert torch.allclose(both - alone, term, atol=1e-6) and term.abs().max() > 1e-4
+    _, state, _ = one_step("--likelihood-weight", "0.3", "--d-steps", "2")
+    assert len(found) == 2 and all(p.grad is None for p in state.G.params)
+    refused("train.py", "--data", data, "--out", tmp_path / "r", "--likelihood-weight", "1", naming="--likelihood-weight")
 
 
 def test_texts_depend_on_seed_and_number_alone(run, tmp_path):
@@ -179,8 +210,10 @@ def test_texts_depend_on_seed_and_number_alone(run, tmp_path):
     assert len(set(cold)) < len(set(b))
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["temperature"] == 1 and 0 < record["nll"] < math.log(10) and record["nll_texts"] > 0
+    assert json.loads((tmp_path / "cold.json").read_text())["nll"] > record["nll"], "of what is drawn, which is colder"
     refused("sample.py", "--run", run, "--grid", "4", naming="--grid")
     refused("sample.py", "--run", run, "--temperature", "0", naming="--temperature")
+    refused("sample.py", "--run", run, "--export", tmp_path / "g.pt2", "--temperature", "2", naming="--temperature")
 
 
 def test_bleu_and_the_other_figures(run, data, tmp_path):

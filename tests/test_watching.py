@@ -179,6 +179,19 @@ def test_comparison(trained, tmp_path):
     own = json.loads((runs / "one" / "config.json").read_text())["data"]
     assert [row["against"] for row in rows] == [f"shapes {own['fingerprint'][:8]}"] * 2 + ["data/faces"] + [rows[0]["against"]]
     assert [row["not comparable"] for row in rows] == ["", "", "other reference", "other n"]
+    # an option that older runs lack, and images that were drawn in another way
+    (runs / "one" / "metrics-faces.json").unlink()
+    for name, change, samples in (("one", None, {"truncation": None}), ("two", 10.0, {"truncation": 0.5}), ("a|b<i>", 0.0, {})):
+        config, metrics = (json.loads((runs / name / f"{file}.json").read_text()) for file in ("config", "metrics"))
+        del config["options"]["detail"]
+        config["options"] |= {"lr_g": 0.1} | ({"detail": change} if change is not None else {})
+        metrics["fid"]["n_real"] = 60
+        (runs / name / "config.json").write_text(json.dumps(config))
+        (runs / name / "metrics.json").write_text(json.dumps(metrics | {"samples": samples}))
+    assert "what differs: --detail" in call("evaluate.py", "--compare", runs).stdout
+    rows = list(csv.DictReader((runs / "comparison.csv").open()))
+    assert [row["differs from most"] for row in rows] == ["", "", "--detail 10.0"]
+    assert [row["not comparable"] for row in rows] == ["", "", "other truncation"]
 
 
 SORTED = """<script>
