@@ -59,9 +59,8 @@ def parse_args(argv=None):
         "(default: RUN/images); of texts, a file ending in .txt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--export", metavar="FILE", needs="--run", excludes=["--num", "--out", "--grid", "--interpolate",
-        "--seed", "--labels", "--text", "--text-file", "--data", "--held-out", "--truncation", "--at",
-        "--temperature", "--device"], help="the generator alone for other programs, instead of images: .pt2 "
-        "for torch, .onnx for others")
+        "--seed", "--labels", "--text", "--text-file", "--data", "--held-out", "--truncation", "--at"], help=
+        "the generator alone for other programs, instead of images: .pt2 for torch, .onnx for others")
     add("--explore", action="store_true", needs="--run", excludes=["--num", "--out", "--grid",
         "--interpolate", "--export", "--truncation", "--at"], help="instead of images a page to play with, "
         "explore.html in RUN: a plane between four latents for each of the classes or captions (default: "
@@ -773,12 +772,12 @@ def main():
             fail(f"--run {args.run}: {error.strerror}: {path}; train.py writes it at its first checkpoint")
         except ValueError as error:
             fail(f"--run {error}")
+        if args.temperature != 1 and (args.export or saved["model"]["arch"] != "seq"):
+            fail("--temperature: for texts that are drawn, by a generator of --arch seq")
         if args.export:
             export(args.export, generator, saved)
         elif saved["model"]["arch"] == "seq":
             write_texts(args, generator, saved, path.parent, device)
-        elif args.temperature != 1:
-            fail("--temperature: for generators of texts (--arch seq)")
         elif args.explore:
             explore(args, generator, saved, path.parent, device)
         else:
