@@ -50,9 +50,9 @@ case $recipe in
                 train=(--batch-size 64 --epochs 25)
                 real=(--num-real 2048) ;;
     fashion-mnist)
-                prepare=(fashion-mnist --size 28)
-                train=(--batch-size 64 --epochs 25)
-                count=10000 real=(--num-real 10000) ;;
+                prepare=(fashion-mnist --size 32)
+                train=("${small[@]}" --batch-size 32 --penalty-interval 8 --epochs 5)
+                real=(--num-real 2048) ;;
     mnist-128)  prepare=(mnist --size 28)
                 train=(--batch-size 128 --epochs 25)
                 real=(--num-real 2048) ;;
