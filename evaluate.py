@@ -1240,8 +1240,8 @@ def compare(paths, out):
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.group("what is scored", excludes=["--compare"])
-    add("--run", metavar="RUN", help="folder of a run; its images/ (or images.npz) are scored")
-    add("--images", metavar="PATH", help="generated images: a folder, .npz, .npy (default: RUN/images)")
+    add("--run", metavar="RUN", help="folder of a run; its images/ (or images.npz, texts.txt) are scored")
+    add("--images", metavar="PATH", help="generated images: a folder, .npz, .npy (default: the run's own)")
     add("--data", metavar="DATA", excludes="--reference",
         help="real images (default: what the run was trained on)")
     add("--reference", metavar="PATH", help="real images outside DATA: a folder, .npz, .npy, or mu and sigma")

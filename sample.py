@@ -59,8 +59,9 @@ def parse_args(argv=None):
         "(default: RUN/images); of texts, a file ending in .txt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--export", metavar="FILE", needs="--run", excludes=["--num", "--out", "--grid", "--interpolate",
-        "--seed", "--labels", "--text", "--text-file", "--data", "--held-out", "--truncation", "--at"], help=
-        "the generator alone for other programs, instead of images: .pt2 for torch, .onnx for others")
+        "--seed", "--labels", "--text", "--text-file", "--data", "--held-out", "--truncation", "--at",
+        "--temperature"], help="the generator alone for other programs, instead of images: .pt2 for torch, "
+        ".onnx for others")
     add("--explore", action="store_true", needs="--run", excludes=["--num", "--out", "--grid",
         "--interpolate", "--export", "--truncation", "--at"], help="instead of images a page to play with, "
         "explore.html in RUN: a plane between four latents for each of the classes or captions (default: "
@@ -75,14 +76,14 @@ def parse_args(argv=None):
         "in turn")
     add("--text-file", metavar="FILE", help="the same, a caption a line")
     add("--data", metavar="DATA", excludes=["--text", "--text-file"], help="whose captions are drawn "
-        "(default: those of the training data)")
+        "(default: those of the training data); of texts: whose held-out ones G's likelihood is of")
     add("--held-out", action="store_true", excludes=["--text", "--text-file"], help="draw the captions "
         "of the images that prepare_data.py --holdout kept out of training")
     add("--truncation", type=within(1e-6, 100), help="largest |z|, from a truncated normal: below 2, safer "
         "images that vary less")
     add("--at", type=point, metavar="X,Y", excludes="--interpolate", help="all of this point of the plane of "
         "--explore: X to the right, Y down, from 0 to 1")
-    add("--temperature", type=within(0.01, 100), default=1.0, help="of texts: below 1, likelier words that "
+    add("--temperature", type=within(0.01, 100), help="of texts (default: 1): below, likelier words that "
         "vary less")
     add = parser.group("pictures, in RUN; with --out NAME beside it, as NAME-grid.png and so on")
     add("--grid", nargs="?", type=within(1, 10 ** 4, int), const=0, metavar="N", needs="--run",
@@ -653,7 +654,7 @@ def write_texts(args, generator, saved, folder, device):
                  "explore"):
         if getattr(args, name):
             fail(f"{flag(name)}: not for a generator of texts")
-    out, texts = Path(args.out or folder / "texts.txt"), []
+    out, texts, temperature = Path(args.out or folder / "texts.txt"), [], args.temperature or 1.0
     if out.suffix != ".txt" or not out.parent.is_dir():
         fail(f"--out {out}: texts go into a file whose name ends in .txt, in a folder that is there")
     written = Written(out.parent)
@@ -661,17 +662,16 @@ def write_texts(args, generator, saved, folder, device):
     for first in range(0, args.num, BLOCK):
         z = latents(args.seed, range(first, first + BLOCK), generator.noise_dim).to(device)
         with torch.inference_mode():
-            tokens = generator(z, None, args.temperature).argmax(2)
+            tokens = generator(z, None, temperature).argmax(2)
         texts += to_texts(tokens, {"vocabulary": saved["vocabulary"], "level": saved["text_level"]})
-    record = {"num": args.num, "seed": args.seed, "temperature": args.temperature, "step": saved["step"]}
+    record = {"num": args.num, "seed": args.seed, "temperature": temperature, "step": saved["step"]}
     data = data_of(args.data, folder)
     if args.data and data.meta["vocabulary"] != saved["vocabulary"]:
         fail(f"--data {args.data}: another vocabulary than the generator's")
     if data and data.meta["vocabulary"] == saved["vocabulary"]:
         held_out = torch.from_numpy(data.array("held_out").astype(np.int64))
         with torch.inference_mode():
-            parts = [generator.likelihood(part.to(device), args.temperature)
-                     for part in held_out.split(BLOCK)]
+            parts = [generator.likelihood(part.to(device), temperature) for part in held_out.split(BLOCK)]
         losses, counts = (torch.cat(part) for part in zip(*parts))
         record |= {"nll": (losses * counts).sum().item() / counts.sum().item(), "nll_texts": len(held_out)}
     else:
@@ -769,15 +769,16 @@ def main():
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             generator, saved = load_generator(path, device)
         except OSError as error:
-            fail(f"--run {args.run}: {error.strerror}: {path}; train.py writes it at its first checkpoint")
+            when = "with --fid-every" if path.name == "best.pt" else "at its first checkpoint"
+            fail(f"--run {args.run}: {error.strerror}: {path}; train.py writes it {when}")
         except ValueError as error:
             fail(f"--run {error}")
-        if args.temperature != 1 and (args.export or saved["model"]["arch"] != "seq"):
-            fail("--temperature: for texts that are drawn, by a generator of --arch seq")
         if args.export:
             export(args.export, generator, saved)
         elif saved["model"]["arch"] == "seq":
             write_texts(args, generator, saved, path.parent, device)
+        elif args.temperature:
+            fail("--temperature: this generator draws images; it is for texts (train.py --arch seq)")
         elif args.explore:
             explore(args, generator, saved, path.parent, device)
         else:

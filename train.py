@@ -910,9 +910,10 @@ class Texts:
             "which G learns by likelihood alone")
         add("--pretrain-lr", type=within(0, 1), default=5e-3, needs="--pretrain-epochs", help="learning rate")
         add("--temperature", type=course(1e-6, 1e6), metavar="START:END", help="of the "
-            "Gumbel-softmax, changing by factors (default: 2:0.5); RelGAN's: 1:0.01 with --schedule linear")
-        add("--likelihood-weight", type=within(0), default=0.0, metavar="WEIGHT", help="of the texts' "
-            "likelihood in what G learns against D, which keeps variety; loss_g in log.jsonl is without it")
+            "Gumbel-softmax against D (sample.py has its own), changing by factors (default: 2:0.5); RelGAN's: "
+            "1:0.01 with --schedule linear")
+        add("--likelihood-weight", type=within(0), default=0.0, metavar="WEIGHT", help="of the likelihood's "
+            "loss, added to G's against D: keeps variety; loss_g in log.jsonl is without it")
 
     def __init__(self, args, data):
         self.meta, self.rows = data.meta, data.array("tokens")

@@ -191,6 +191,8 @@ def test_refusals(generator, tmp_path):
     refused("sample.py", "--run", generator, "--num", "-1", naming="--num")
     refused("sample.py", "--run", generator, "--truncation", "0", naming="--truncation")
     refused("sample.py", "--film", tmp_path, "--num", "5", naming=["--num", "--run"])
+    refused("sample.py", "--run", generator, "--temperature", "2", naming=["--temperature", "images"])
+    refused("sample.py", "--run", generator / "best.pt", naming=["best.pt", "--fid-every"])
 
 
 def test_nothing_is_replaced_but_what_it_wrote(generator, tmp_path):
