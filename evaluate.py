@@ -1302,6 +1302,17 @@ def odd_pictures(images):
             ] if odd else []
 
 
+def captions_drawn(images, count):
+    """(what sample.py drew each of so many images for, [] without captions; warnings)."""
+    conditions = read_lines(f"{images}.jsonl")
+    if not conditions or "caption" not in conditions[0]:
+        return [], []
+    if len(conditions) != count:
+        return [], [f"{images}.jsonl tells of {plural(len(conditions), 'image')}, and here are {count}: how "
+                    "well they match their captions is not measured"]
+    return conditions, []
+
+
 def score_images(args, images, run, config, record):
     """FID and what comes of the same pass: (metrics, galleries of the report). record: sample.py's."""
     generated = open_images("--images", images)
@@ -1309,17 +1320,10 @@ def score_images(args, images, run, config, record):
     data = None if args.reference else Data(args.data or config["options"]["data"])
     if data:
         real_count(data, args.num_real, args.floor)  # before any work
-    conditions, warned = read_lines(f"{images}.jsonl"), []  # what sample.py drew each of the images for
-    if conditions and len(conditions) != len(generated):
-        warned.append(f"{images}.jsonl tells of {plural(len(conditions), 'image')}, and here are "
-                      f"{len(generated)}: how well they match their captions is not measured")
-        conditions = []
-    if not conditions or "caption" not in conditions[0]:
-        conditions = []
+    conditions, warned = captions_drawn(images, len(generated))
     if args.clip and not conditions:
-        reason = warned[0] if warned else (
-            f"{images} has no captions beside it (sample.py writes them for --condition text)")
-        fail(f"--clip: {reason}")
+        fail("--clip: " + (warned[0] if warned else f"{images} has no captions beside it (sample.py writes "
+                           "them for --condition text)"))
     device = find_device(args.device)
     clip = load_clip(args.clip) if args.clip else None
     weights = find_weights(args.weights)

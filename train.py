@@ -910,8 +910,8 @@ class Texts:
             "which G learns by likelihood alone")
         add("--pretrain-lr", type=within(0, 1), default=5e-3, needs="--pretrain-epochs", help="learning rate")
         add("--temperature", type=course(1e-6, 1e6), metavar="START:END", help="of the "
-            "Gumbel-softmax against D (sample.py has its own), changing by factors (default: 2:0.5); RelGAN's: "
-            "1:0.01 with --schedule linear")
+            "Gumbel-softmax against D (sample.py has its own), changing by factors (default: 2:0.5); "
+            "RelGAN's: 1:0.01 with --schedule linear")
         add("--likelihood-weight", type=within(0), default=0.0, metavar="WEIGHT", help="of the likelihood's "
             "loss, added to G's against D: keeps variety; loss_g in log.jsonl is without it")
 
@@ -938,16 +938,17 @@ class Texts:
         return F.one_hot(tokens.long(), run.model["channels"]).float()
 
     def step(self, run, state, turn, z, tokens, condition):
-        alone, tokens = state.step < self.lead_in, tokens.long()  # G learns by likelihood, D does not yet
+        alone = state.step < self.lead_in  # G learns by likelihood, D does not yet
         weight = 1 if alone else run.args.likelihood_weight * turn.train_g
-        many = run.sum(counted(tokens).sum()) / (run.world * run.args.grad_accum)  # tokens a part
-        for part in tokens.chunk(run.args.grad_accum) if weight else ():
-            with run.autocast():
-                loss, counts = state.G.net.likelihood(part)
-            loss = weight * (loss * counts).sum() / many
-            state.G.backward(loss, run.args.grad_accum)
-            if alone:
-                state.meter.note(loss_g=loss)
+        if weight:
+            many = run.sum(counted(tokens).sum()) / (run.world * run.args.grad_accum)  # tokens a part
+            for part in tokens.long().chunk(run.args.grad_accum):
+                with run.autocast():
+                    loss, counts = state.G.net.likelihood(part)
+                loss = weight * (loss * counts).sum() / many
+                state.G.backward(loss, run.args.grad_accum)
+                if alone:
+                    state.meter.note(loss_g=loss)
         if not alone:  # the likelihood's gradient stays, and the game's is added to it
             return train_step(run, state, turn, z, tokens, condition)
         state.meter.note(**state.G.update(run))
