@@ -195,8 +195,6 @@ def given_captions(args, saved):
 
 def captions_of_data(seed, saved, data, held_out):
     """The same of the captions of DATA, or of its held-out images, in a seeded order; noted: row, caption."""
-    if data.meta["vocabulary"] != saved["vocabulary"]:
-        fail(f"--data {data.folder}: another vocabulary than the generator's")
     if held_out and not data.meta.get("held_out"):
         fail(f"--held-out: {data.folder} has no images out of training; prepare_data.py --holdout makes some")
     name = "tokens" if saved["model"]["condition"] == "text" else "embeddings"
@@ -234,13 +232,11 @@ def encode_texts(told, saved):
 
 def check_conditions(args, kind):
     """Refuse what the call asks of a generator of another kind of condition."""
-    if (args.told or args.data) and kind not in ("text", "vector"):
-        option = "--text" if args.text else "--text-file" if args.told else "--data"
-        fail(f"{option}: this generator was trained without captions (train.py --condition text)")
+    named = [name for name in ("text", "text_file", "data", "held_out") if getattr(args, name)]
+    if named and kind not in ("text", "vector"):
+        fail(f"{flag(named[0])}: this generator was trained without captions (train.py --condition text)")
     if args.labels is not None and kind != "label":
         fail("--labels: this generator was trained without classes (train.py --condition label)")
-    if args.held_out and kind not in ("text", "vector"):
-        fail("--held-out: this generator was trained without captions (train.py --condition text)")
 
 
 def find_conditions(args, saved, folder):
@@ -253,19 +249,22 @@ def find_conditions(args, saved, folder):
         return *label_conditions(args, saved), None
     if args.told:
         return *given_captions(args, saved), None
-    data = data_of(args.data, folder)
+    data = data_of(args.data, folder, saved["vocabulary"])
     if data is None:
         fail("no captions to draw: name the training data with --data, or captions with --text")
     return *captions_of_data(args.seed, saved, data, args.held_out), data
 
 
-def data_of(named, folder):
-    """DATA as named, or that of the config.json beside the generator, or None where that is not there."""
+def data_of(named, folder, vocabulary):
+    """DATA as named, or that of the config.json beside the generator; None where it is not there any more."""
+    place = named
     if named is None and (folder / "config.json").exists():
-        named = read_json(folder / "config.json").get("options", {}).get("data", "")
-        if not (Path(named) / "meta.json").exists():
-            return None
-    return Data(named) if named else None
+        place = read_json(folder / "config.json").get("options", {}).get("data", "")
+        place = place if (Path(place) / "meta.json").exists() else None
+    data = Data(place) if place else None
+    if data and data.meta["vocabulary"] != vocabulary:
+        return None if named is None else fail(f"--data {named}: another vocabulary than the generator's")
+    return data
 
 
 # ---- drawing and writing ---------------------------------------------------------------------------------
@@ -384,11 +383,10 @@ def write_images(out, blocks, written):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_walk(written, path, z, condition, draw):
-    """PATH.png, stills of a closed walk through latents (n, dim) with one condition; PATH.webp, it moving."""
+def write_walk(written, still, moving, z, condition, draw):
+    """A closed walk through latents (n, dim) with one condition: frames in one picture; and moving."""
     steps = [slerp(z[i], z[(i + 1) % len(z)], f / FRAMES) for i in range(len(z)) for f in range(FRAMES)]
     pixels = draw(torch.stack(steps), condition)
-    still, moving = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "webp"))
     written.write(still, encode(make_grid(pixels[::FRAMES // 4]), "PNG"))
     side = pixels.shape[1] * max(1, 256 // pixels.shape[1])
     frames = [Image.fromarray(p.squeeze()).resize((side, side), Image.Resampling.NEAREST) for p in pixels]
@@ -665,10 +663,8 @@ def write_texts(args, generator, saved, folder, device):
             tokens = generator(z, None, temperature).argmax(2)
         texts += to_texts(tokens, {"vocabulary": saved["vocabulary"], "level": saved["text_level"]})
     record = {"num": args.num, "seed": args.seed, "temperature": temperature, "step": saved["step"]}
-    data = data_of(args.data, folder)
-    if args.data and data.meta["vocabulary"] != saved["vocabulary"]:
-        fail(f"--data {args.data}: another vocabulary than the generator's")
-    if data and data.meta["vocabulary"] == saved["vocabulary"]:
+    data = data_of(args.data, folder, saved["vocabulary"])
+    if data:
         held_out = torch.from_numpy(data.array("held_out").astype(np.int64))
         with torch.inference_mode():
             parts = [generator.likelihood(part.to(device), temperature) for part in held_out.split(BLOCK)]
@@ -678,7 +674,7 @@ def write_texts(args, generator, saved, folder, device):
         print("sample.py: no likelihood of held-out texts: name the data with --data", file=sys.stderr)
     written.write(out, "".join(text + "\n" for text in texts[:args.num]))
     written.write(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    print(f"{out}: {args.num} texts of step {saved['step']}")
+    print(f"{out}: {plural(args.num, 'text')} of step {saved['step']}")
 
 
 def find_out(args, folder):
@@ -710,11 +706,12 @@ def write_pictures(args, generator, saved, digest, folder, device):
         files = [out] if out.suffix == ".npz" else [out / f"{i:06d}.png" for i in range(args.num)]
         before = json.loads(record.read_text())
         done = before == request and all(map(written.holds, [*files, notes]))
-    name_of_out = out.name.removesuffix(".npz")
-    grid, captions, walk = (folder / f"{f'{name_of_out}-' * bool(args.out)}{name}"
-                            for name in ("grid.png", "captions.png", "interpolation"))
-    written.check(*[out, record, notes] * bool(args.num and not done))
-    written.check(*[grid] * bool(args.grid))
+    prefix = f"{out.name.removesuffix('.npz')}-" if args.out else ""
+    grid, captions, still, moving = (folder / (prefix + name) for name in (
+        "grid.png", "captions.png", "interpolation.png", "interpolation.webp"))
+    told = saved["model"]["condition"] in ("text", "vector")
+    written.check(*[out, record, notes] * bool(args.num and not done), *[grid] * bool(args.grid),
+                  *[captions] * bool(args.grid and told), *[still, moving] * bool(args.interpolate))
 
     def latents_of(numbers):
         z = latents(args.seed, range(4) if args.at else numbers, generator.noise_dim)
@@ -743,14 +740,14 @@ def write_pictures(args, generator, saved, digest, folder, device):
         columns = min(math.ceil(math.sqrt(args.grid)), 32)
         written.write(grid, encode(make_grid(pixels, columns), "PNG"))
         print(f"{grid}: the first {args.grid} images")
-        if saved["model"]["condition"] in ("text", "vector"):
+        if told:
             real = data.array("held_out_images" if args.held_out else "images") if data else None
             page = captioned([note(i) for i in range(min(args.grid, 32))], pixels[:32], real)
             written.write(captions, encode(page, "PNG"))
             print(f"{captions}: what was drawn for each caption"
                   + (", and the real image beside it" if data else ""))
     if args.interpolate:
-        write_walk(written, walk, latents_of(range(args.interpolate)), conditions(range(1)), draw)
+        write_walk(written, still, moving, latents_of(range(args.interpolate)), conditions(range(1)), draw)
 
 
 def main():
