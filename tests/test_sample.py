@@ -196,7 +196,7 @@ def test_refusals(generator, tmp_path, capsys):
     refused("sample.py", "--run", generator / "best.pt", naming=["best.pt", "--fid-every"])
 
 
-def test_nothing_is_replaced_but_what_it_wrote(generator, tmp_path):
+def test_nothing_is_replaced_but_what_it_wrote(generator, captioned, tmp_path):
     mine = tmp_path / "pictures"
     mine.mkdir()
     for i in range(3):
@@ -205,6 +205,12 @@ def test_nothing_is_replaced_but_what_it_wrote(generator, tmp_path):
     refused("sample.py", "--run", generator, "--num", "2", "--out", mine, naming=["000000.png", "--out"])
     (tmp_path / "new-grid.png").write_bytes(b"mine")
     refused("sample.py", "--run", generator, "--num", "2", "--grid", "--out", tmp_path / "new", naming="grid.png")
+    for run, name, *asked in ((generator, "walk-interpolation.webp", "--interpolate", "2"),
+                              (captioned, "walk-captions.png", "--grid")):
+        (tmp_path / name).write_bytes(b"mine")
+        refused("sample.py", "--run", run, "--num", "2", "--out", tmp_path / "walk", *asked, naming=name)
+        assert (tmp_path / name).read_bytes() == b"mine" and not (tmp_path / "walk").exists()
+        (tmp_path / name).unlink()
     for name in ("notes.json", "notes.jsonl"):
         (tmp_path / name).write_bytes(b"mine")
         refused("sample.py", "--run", generator, "--num", "2", "--out", tmp_path / "notes", naming=name)
