@@ -367,25 +367,24 @@ def measure_images(network, images, device, indices=None, kind=None, folder=None
         return images | {"n": None}
     indices = np.arange(len(images)) if indices is None else indices
     features = inception_features(network, images, device, indices, folder, kind)
-    mu, sigma = statistics(features)
-    return {"mu": mu, "sigma": sigma, "n": len(features), "features": features}
+    return statistics(features) | {"n": len(features), "features": features}
 
 
 def real_statistics(network, data, num_real, floor, device, features=False):
     """{"mu" (2048,), "sigma" (2048, 2048), "n"} of so many real images (None: all) of a Data, seeded.
 
     On request also the "floor": the FID of "floor_n" of them against as many others, and "features" (n, 2048)
-    with their "rows" in DATA. The first are kept in DATA/fid_*.npz, in pytorch-fid's format.
+    with their "rows" in DATA. mu and sigma are kept in DATA/fid_*.npz, in pytorch-fid's format.
     """
     images, n = data.array("images"), real_count(data, num_real, floor)
     order = np.random.default_rng(0).permutation(len(images))
     path, about = data.folder / f"fid_{n}.npz", f"{data.meta['fingerprint']} {network.name} in order"
-    names, kept = {"mu", "sigma", "n", "floor", "floor_n"}, {}
+    kept, folder = {}, data.folder / "features"
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as file:
         if str(file["about"]) == about:
-            kept = {key: file[key] if file[key].ndim else file[key].item() for key in names & set(file.files)}
+            kept = {"mu": file["mu"], "sigma": file["sigma"], "n": n}
 
-    floor, folder, real = floor and "floor" not in kept, data.folder / "features", {"rows": order[:n]}
+    real = {"rows": order[:n]}
     if features or floor or not kept:
         real |= measure_images(network, images, device, order[:n], "real", folder)
     real |= kept
@@ -393,12 +392,11 @@ def real_statistics(network, data, num_real, floor, device, features=False):
         m = min(n, len(images) // 2)
         more = inception_features(network, images, device, order[n:2 * m], folder, "other real")
         halves = real["features"][:m], np.concatenate([real["features"][m:2 * m], more])
-        one, other = (dict(zip(("mu", "sigma"), statistics(half))) for half in halves)
-        real |= {"floor": fid(one, other), "floor_n": m}
-    if names & real.keys() != kept.keys():
+        real |= {"floor": frechet_distance(*map(statistics, halves)), "floor_n": m}
+    if not kept:
         try:
             with whole_file(path) as file:
-                np.savez(file, about=about, **{key: real[key] for key in names & real.keys()})
+                np.savez(file, about=about, mu=real["mu"], sigma=real["sigma"])
         except OSError as error:
             print(f"note: the statistics are not kept: {error}", file=sys.stderr)
     return real
@@ -415,17 +413,12 @@ def real_count(data, num_real=None, floor=False):
     return num_real or count
 
 
-def fid(one, other):
-    """FID of two sets of images as measure_images or real_statistics returns them."""
-    return frechet_distance(one["mu"], one["sigma"], other["mu"], other["sigma"])
-
-
 def fid_against_data(pixels, data, num_real, device):
     """FID of uint8 images (n, H, W, C) against so many of DATA/; train.py asks while it trains."""
     weights = find_weights()
     network = load_inception(weights, device)
     real = real_statistics(network, Data(data), num_real, False, device)
-    return fid(measure_images(network, pixels, device), real)
+    return frechet_distance(measure_images(network, pixels, device), real)
 
 
 # ---- measures --------------------------------------------------------------------------------------------
@@ -435,21 +428,21 @@ def mean_and_std(values):
 
 
 def statistics(features):
-    """Mean (d,) and covariance (d, d) of features (n, d), in float64, a part of them at a time."""
+    """{"mu" (d,), "sigma" (d, d)} of features (n, d), in float64, a part of them at a time."""
     mean, sigma = features.mean(0, np.float64), 0
     for start in range(0, len(features), PART):
         apart = features[start:start + PART] - mean
         sigma = sigma + apart.T @ apart
-    return mean, sigma / (len(features) - 1)
+    return {"mu": mean, "sigma": sigma / (len(features) - 1)}
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Fréchet distance of two normal distributions (Dowson & Landau 1982); of features, the FID.
+def frechet_distance(one, other):
+    """Squared distance of two normal distributions, of "mu", "sigma" (Dowson & Landau 1982): here the FID.
 
     tr √(Σ1 Σ2) is the sum of the roots of the eigenvalues of √Σ1 Σ2 √Σ1, which is symmetric.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(x), dtype=torch.float64)
-                                for x in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(x[key]), dtype=torch.float64)
+                                for x in (one, other) for key in ("mu", "sigma"))
     values, vectors = torch.linalg.eigh(sigma1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
@@ -574,7 +567,7 @@ def image_figures(fake, real, classes, weights, source, device):
     Also returned: [(generated image, rows of the nearest real ones)] of the GALLERY that come closest.
     """
     closest = []
-    found = figures({"fid": fid(fake, real)}, fake["n"], real["n"], weights=weights, real=source)
+    found = figures({"fid": frechet_distance(fake, real)}, fake["n"], real["n"], weights=weights, real=source)
     if "features" in fake and "features" in real:
         n, n_real = fake["n"], len(real["features"])
         size = max(2, min(KID_SIZE, n // 2, n_real // 2))  # or all subsets would be alike
@@ -886,13 +879,14 @@ th[aria-sort=descending] button::after { content: " ↓"; }
 
 
 def embed(picture, name):
-    """An <img> that holds its picture: a file, or uint8 (H, W, C)."""
+    """An <img> that holds its picture: a file, uint8 (H, W, C), or a matplotlib figure."""
     if isinstance(picture, Path):
         kind, data = picture.suffix[1:], picture.read_bytes()
     else:
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "PNG")
-        kind, data = "png", buffer.getvalue()
+        kind, buffer = "png", io.BytesIO()
+        write = Image.fromarray(picture).save if isinstance(picture, np.ndarray) else picture.savefig
+        write(buffer, format="png")
+        data = buffer.getvalue()
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return f'<img alt="{html.escape(name)}" src="{source}">'
 
@@ -951,19 +945,16 @@ def gallery(heading, generated, real, entries):
 
 def figure_of(rows, columns, width, height, **shared):
     """A matplotlib figure and its axes (rows, columns), each of so many inches."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    size = (width * columns, height * rows)
-    drawing, axes = pyplot.subplots(rows, columns, figsize=size, dpi=110, squeeze=False,
-                                    layout="constrained", **shared)
+    from matplotlib.figure import Figure
+    drawing = Figure((width * columns, height * rows), dpi=110, layout="constrained")
+    axes = drawing.subplots(rows, columns, squeeze=False, **shared)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return drawing, axes
 
 
 def plot_curves(log):
-    """Losses, D's accuracies, gradient norms, FID over the steps: pixels (H, W, 4) that need no colour."""
+    """Losses, D's accuracies, gradient norms, FID over the steps: a figure that needs no colour."""
     panels = [("loss", ("loss_g", "G"), ("loss_d", "D")),
               ("accuracy of D", ("acc_real", "real"), ("acc_fake", "fake")),
               ("norm of the gradient", ("grad_norm_g", "G"), ("grad_norm_d", "D"))]
@@ -978,16 +969,7 @@ def plot_curves(log):
         axis.legend(frameon=False)
     axes[0, 1].set_ylim(0, 1.02)
     axes[0, 2].set_yscale("log")
-    return pixels_of_figure(drawing)
-
-
-def pixels_of_figure(drawing):
-    """A matplotlib figure as pixels (H, W, 4); it is closed."""
-    from matplotlib import pyplot
-    drawing.canvas.draw()
-    pixels = np.array(drawing.canvas.buffer_rgba())
-    pyplot.close(drawing)
-    return pixels
+    return drawing
 
 
 def fid_by_minute(folder):
@@ -998,7 +980,7 @@ def fid_by_minute(folder):
 
 
 def plot_fids(curves):
-    """A panel a run of {name: [(minutes, FID)]}, the others behind it in gray: pixels (H, W, 4)."""
+    """A figure, with a panel a run of {name: [(minutes, FID)]}, the others behind it in gray."""
     columns = min(4, len(curves))
     drawing, axes = figure_of(-(-len(curves) // columns), columns, 3.2, 2.6, sharex=True, sharey=True)
     for axis in axes.flat[len(curves):]:
@@ -1011,7 +993,7 @@ def plot_fids(curves):
         axis.set(yscale="log", xlabel="minutes of training", ylabel="FID")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
-    return pixels_of_figure(drawing)
+    return drawing
 
 
 def read_or_empty(path):
@@ -1033,12 +1015,6 @@ def minutes_of(log):
     return steps, np.append(0, np.cumsum(np.diff(steps) * [line["ms_per_step"] for line in lines])) / 60_000
 
 
-def training_time(log):
-    """Time of the steps in log.jsonl in words."""
-    minutes = minutes_of(log)[1][-1]
-    return f"{minutes / 60:.1f} h" if minutes > 60 else f"{minutes:.1f} min"
-
-
 def training_summary(config, status, log):
     """On which data, how far, how long, on what and when a run was trained, in a sentence."""
     hardware, data = config.get("hardware", {}), config.get("data", {})
@@ -1046,7 +1022,7 @@ def training_summary(config, status, log):
     if data.get("length"):
         kind = f"texts of {data['length']} tokens"
     return (f"{data.get('name')}, {data.get('count')} {kind}; "
-            f"{status['step']} of {config.get('steps')} steps in {training_time(log)} on "
+            f"{status['step']} of {config.get('steps')} steps in {minutes_of(log)[1][-1]:.1f} min on "
             f"{config.get('processes')} × {hardware.get('name')}, {hardware.get('cores')} cores "
             f"({hardware.get('platform')}), {config.get('amp')}, "
             f"torch {config.get('versions', {}).get('torch')}; {status['time'][:10]}.")
@@ -1197,15 +1173,16 @@ def unusual(values, usual):
 def compare(paths, out):
     """One table of runs, in OUT.md, OUT.csv and OUT.html: what differs between them, and how each ended."""
     runs, curves = [], {}
-    for path in paths:
-        for file in sorted([*Path(path).glob("config.json"), *Path(path).glob("*/config.json")]):
-            try:
-                curve, run = fid_by_minute(file.parent), read_run(file.parent)
-                curves |= {str(file.parent): curve} if curve else {}
-                runs.append(run)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                reason = f"not a whole run of train.py ({type(error).__name__})"
-                print(f"note: {file.parent} is left out, {reason}", file=sys.stderr)
+    folders = [file.parent for path in paths
+               for file in sorted([*Path(path).glob("config.json"), *Path(path).glob("*/config.json")])]
+    for folder in dict.fromkeys(folders):  # once each, however often it is named
+        try:
+            curve, run = fid_by_minute(folder), read_run(folder)
+            curves |= {str(folder): curve} if curve else {}
+            runs.append(run)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"not a whole run of train.py ({type(error).__name__})"
+            print(f"note: {folder} is left out, {reason}", file=sys.stderr)
     if not runs:
         fail(f"--compare {' '.join(paths)}: no run of train.py here (a folder with config.json)")
     usual = usual_values([options for options, _ in runs])
@@ -1345,11 +1322,9 @@ def score_images(args, images, run, config, record):
     if conditions and "row" not in conditions[0]:
         warned.append("drawn for captions of your own choice: the FID compares them with all of the data, "
                       "and how well they match is not measured")
-    elif conditions and data and run and data.meta["fingerprint"] != config["data"]["fingerprint"]:
-        warned.append(f"--data {source} is not what {run} was trained on: how well images match their "
-                      "captions is not measured")
-    elif conditions and data and record.get("held_out") and not data.meta.get("held_out"):
-        warned.append(f"drawn for held-out captions, of which {source} has none: their match is not measured")
+    elif conditions and data and (record.get("data") or [None, None])[1] != data.meta["fingerprint"]:
+        warned.append(f"drawn for captions of other data than {source}: how well images match their captions "
+                      "is not measured")
     elif conditions and data:
         more, pictures = score_captions(conditions, generated, fake, real, network, data, device,
                                         record.get("held_out"))
@@ -1388,11 +1363,9 @@ def training_warnings(status, total, drawn):
 
 def others_of(args, config, own):
     """{"images", "reference": path}: of these what is not the run's own, such as its samples in `own`."""
-    others = {"reference": args.reference or args.data, "images": args.images}
-    if args.data and Data(args.data).meta["fingerprint"] == config["data"]["fingerprint"]:
-        del others["reference"]
-    if args.images and Path(args.images).resolve() in own:
-        del others["images"]
+    same = args.data and Data(args.data).meta["fingerprint"] == config["data"]["fingerprint"]
+    others = {"reference": args.reference or args.data if not same else None,
+              "images": args.images if args.images and Path(args.images).resolve() not in own else None}
     return {key: path for key, path in others.items() if path}
 
 
@@ -1420,12 +1393,13 @@ def score(args):
     else:
         metrics, galleries = score_images(args, samples, run, config, record)
 
+    others = others_of(args, config, [(run / name).resolve() for name in names]) if run else {}
     if run:
-        metrics["warnings"] += training_warnings(read_status(run), config["steps"], record.get("step"))
+        drawn = record.get("step") if "images" not in others else None
+        metrics["warnings"] += training_warnings(read_status(run), config["steps"], drawn)
     if record:
         metrics["samples"] = record
     metrics["seconds"] = round(time.perf_counter() - start, 1)
-    others = others_of(args, config, [(run / name).resolve() for name in names]) if run else {}
     metrics |= others
     suffix = "".join("-" + re.sub(r"[^\w.-]", "_", Path(path).resolve().name) for path in others.values())
     target = args.out or (run / f"metrics{suffix}.json" if run else None)

@@ -26,7 +26,6 @@ import json
 import math
 import multiprocessing
 import os
-import queue
 import random
 import re
 import shutil
@@ -40,9 +39,10 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: interrupted or in use, call again
 
 
 def missing(*packages):
@@ -50,12 +50,18 @@ def missing(*packages):
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
+def fail(message, status=2):
+    """End with one line: of a failure each process's own, of a mistake one a node, of an interruption one."""
+    speaker = "RANK" if status == TRY_AGAIN else "LOCAL_RANK"
+    if status == 1 or os.environ.get(speaker, "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
 def need(*packages):
     """One line and status 2 where a package is missing; the scripts call it before they import any."""
     if names := ", ".join(missing(*packages)):
-        script = Path(sys.argv[0]).name
-        print(f"{script}: {names} not installed: pip install -r requirements.txt", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{names} not installed: pip install -r requirements.txt")
 
 
 need("numpy", "PIL", "tqdm")
@@ -84,7 +90,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATHS = ("root", "captions")  # options
 LISTS = ("captions.jsonl", "metadata.jsonl")  # captions among the images; the second as Hugging Face has it
 FILE_KEYS, CAPTION_KEYS = ("file", "file_name"), ("captions", "caption", "text")
-stopped = []  # signals received; looked at between images, since raising anywhere leaves threads waiting
 
 TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "celeba")
 DRAWN = {"shapes": 10_000, "stacked-mnist": 60_000}  # by --seed; how many without --num
@@ -110,15 +115,6 @@ class Item(NamedTuple):
 # ---- what all four scripts use -----------------------------------------------------------------------------
 
 LATER = {"detail": 0.0, "likelihood_weight": 0.0}  # train.py's options that older runs lack, and meant
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: interrupted or in use, call again
-
-
-def fail(message, status=2):
-    """End with one line: of a failure each process's own, of a mistake one a node, of an interruption one."""
-    speaker = "RANK" if status == TRY_AGAIN else "LOCAL_RANK"
-    if status == 1 or os.environ.get(speaker, "0") == "0":
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
-    raise SystemExit(status)
 
 
 def in_a_line(error):
@@ -126,33 +122,20 @@ def in_a_line(error):
     return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
 
 
-class Unbroken:
-    """A stream whose reader may leave (`| head`, a closed terminal): what is written then is dropped."""
+def steady_output():
+    """Before anything is printed: where a reader leaves (`| head`), what is written then is dropped."""
+    def kept(stream, method):
+        def call(*args):
+            try:
+                return method(*args)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return call
 
-    def __init__(self, stream):
-        self.stream = stream
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(AttributeError):  # where it cannot show a letter, it shows the code
             stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def try_to(self, method, *args):
-        try:
-            return method(*args)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def write(self, text):
-        self.try_to(self.stream.write, text)
-
-    def flush(self):
-        self.try_to(self.stream.flush)
-
-
-def steady_output():
-    """Before anything is printed: no loss of the output is to cost the work."""
-    sys.stdout, sys.stderr = (stream and Unbroken(stream) for stream in (sys.stdout, sys.stderr))
+        stream.write, stream.flush = kept(stream, stream.write), kept(stream, stream.flush)
 
 
 def on_signals(handler, numbers=SIGNALS):
@@ -307,6 +290,33 @@ def whole_file(path):
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def alive(pid):
+    """Whether a process of this number runs here."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def partial_folder(path):
+    """A folder to fill, and then to rename to `path`; gone at the end, as what a kill left on this machine."""
+    own = f"{path.name}.{socket.gethostname()}"
+    for left in path.parent.glob(f"{glob.escape(own)}.[0-9]*.partial"):
+        pid = int(left.name.split(".")[-2])
+        if pid == os.getpid() or not alive(pid):  # numbers come again
+            shutil.rmtree(left, ignore_errors=True)
+    partial = path.with_name(f"{own}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path, text):
@@ -491,11 +501,7 @@ def load_torchvision(name, root):
                      "cifar10": datasets.CIFAR10, "celeba": datasets.CelebA}[name]
     options = {"split": "all", "target_type": []} if name == "celeba" else {}
     try:
-        try:
-            return dataset_class(root, download=False, **options)
-        except RuntimeError:  # torchvision's word for "not there"
-            print(f"{name} is not under {root}: downloading")
-            return dataset_class(root, download=True, **options)
+        return dataset_class(root, download=True, **options)  # unless it is there
     except Exception as error:  # each mirror fails in its own way
         fail(f"{name} is neither under --root {root} nor downloadable ({in_a_line(error)})")
 
@@ -732,7 +738,7 @@ def json_lines(data, with_file=False):
         try:
             if line := line.strip(" \t\r\ufeff"):
                 entry = json.loads(line)
-                told = entry[next(key for key in (*CAPTION_KEYS, CAPTION_KEYS[0]) if key in entry)]
+                told = entry[next(key for key in CAPTION_KEYS if key in entry)]
                 told = told if isinstance(told, list) else [told]
                 file = entry[next(key for key in FILE_KEYS if key in entry)] if with_file else ""
                 if not all(isinstance(text, str) for text in [file, *(x for x in told if x is not None)]):
@@ -915,12 +921,10 @@ def read_captions(args, read, names):
 
 def why_none(lost, left, why, images):
     """Why no image has a caption, in words."""
-    def stem(path):
-        return os.path.splitext(os.path.basename(normal(path)))[0].lower()
-    near = {stem(image): image for image in images}
+    near = {Path(normal(image)).stem.lower(): image for image in images}
     for entry in lost:
-        if stem(entry) in near:
-            return f"{entry!r} and the image {near[stem(entry)]!r} differ in folder, case or ending"
+        if image := near.get(Path(normal(entry)).stem.lower()):
+            return f"{entry!r} and the image {image!r} differ in folder, case or ending"
     if lost:
         return f"the first is of {lost[0]!r}, an image is {images[0]!r}"
     return "; ".join([f"{name}: {REASONS[label]}" for name, label in left[:1]] or [*why.values()][:1])
@@ -1156,14 +1160,6 @@ def why_unread(error, file):
     return re.sub(r" ?<_io.BytesIO[^>]*>", "", reason) or type(error).__name__
 
 
-def oddities(image, side, size):
-    """What may surprise of a picture that was read."""
-    animated = False
-    with contextlib.suppress(Exception):  # what lies behind the first picture may be damaged
-        animated = image.format != "MPO" and image.is_animated
-    return ["animated"] * animated + ["enlarged"] * (2 * side < size)
-
-
 def decode(items, args):
     """Worker: a list of Items -> a list of (pixels or None, name, label, captions, attributes, and its
     oddities or the reason why it is None)."""
@@ -1183,7 +1179,9 @@ def decode(items, args):
                 image = open_picture(io.BytesIO(payload) if isinstance(payload, bytes) else payload)
             with image:
                 pixels = to_pixels(image, args.size, args.channels, args.crop, args.background)
-                odd = oddities(image, min(*image.size, args.crop or sys.maxsize), args.size)
+                odd = ["enlarged"] * (2 * min(*image.size, args.crop or sys.maxsize) < args.size)
+                with contextlib.suppress(Exception):  # what lies behind the first picture may be damaged
+                    odd += ["animated"] * (image.format != "MPO" and image.is_animated)
             results.append((pixels, name, label, captions, attributes, odd))
         except Exception as error:  # decoders of hostile files raise anything
             results.append((None, name, label, None, None, why_unread(error, payload)))
@@ -1201,48 +1199,36 @@ def serve(connection, args):
 
 
 def decode_all(items, args):
-    """Results of `decode` in order, from all cores, with a bounded number of images under way."""
-    items, window, workers, idle = iter(items), deque(), [], queue.SimpleQueue()
-    on_signals(lambda number, frame: stopped.append(number))
+    """Results of `decode` in order, from all cores; each has a few images at a time, so memory is bounded."""
+    items, workers, pipes, busy = iter(items), [], [], deque()
     for _ in range(args.workers):  # a pipe each: it ends with its worker; a shared one would not
         ours, theirs = multiprocessing.Pipe()
         workers.append(multiprocessing.Process(target=serve, args=(theirs, args), daemon=True))
         workers[-1].start()
         theirs.close()
-        idle.put(ours)
+        pipes.append(ours)
 
-    def work(chunk):
-        connection = idle.get()
-        try:
-            connection.send(chunk)
-            return connection.recv()
-        finally:
-            idle.put(connection)
-    threads = ThreadPoolExecutor(args.workers)
+    def occupy(pipe):
+        if chunk := list(itertools.islice(items, CHUNK)):
+            pipe.send(chunk)
+            busy.append(pipe)
     try:
-        while (chunk := list(itertools.islice(items, CHUNK))) or window:
-            if chunk:
-                window.append(threads.submit(work, chunk))
-            if not chunk or len(window) >= 4 * args.workers:
-                yield from window.popleft().result()
+        for pipe in pipes:
+            occupy(pipe)
+        while busy:
+            pipe = busy.popleft()
+            results = pipe.recv()
+            occupy(pipe)
+            yield from results
     except (EOFError, OSError):
-        leave_if_stopped()  # by a signal to all
         fail("a decoding process was killed, as systems do for want of memory: call again with fewer "
              f"--workers ({args.workers} here)", status=1)
     finally:
         for worker in workers:
             worker.terminate()
-        threads.shutdown(cancel_futures=True)
-        on_signals(leave)
-    leave_if_stopped()
 
 
 # ---- DATA --------------------------------------------------------------------------------------------------
-
-def leave_if_stopped():
-    if stopped:
-        leave(stopped[0])
-
 
 def held_out(total, args):
     """The numbers of the pictures, of so many, that --holdout keeps out of training, drawn by --seed."""
@@ -1272,7 +1258,6 @@ def write_images(results, total, folder, args, digest):
         starts = [header(file, 0) for file in files]
         results = tqdm(results, total=total, unit="img", disable=None)
         for i, (pixels, name, label, captions, attributes, reason) in enumerate(results):
-            leave_if_stopped()
             if pixels is None:
                 if args.strict:
                     fail(f"{name!r}: {reason} (--strict)")
@@ -1426,6 +1411,7 @@ def write_texts(args, folder):
 
 def write_oracle(args, folder):
     """Texts drawn from a random LSTM with weights N(0, 1), which is kept in oracle.pt."""
+    need("torch")
     import torch
     torch.manual_seed(args.seed)
     n, length, hidden = ORACLE["vocabulary"], args.length or ORACLE["length"], ORACLE["hidden"]
@@ -1464,17 +1450,6 @@ def save_array(path, array, digest):
     with open(path, "wb") as file:
         np.save(file, array)
         os.fsync(file.fileno())
-
-
-def alive(pid):
-    """Whether a process of this number runs here."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def source_options(args):
@@ -1587,12 +1562,7 @@ def make(args, out, state):
         total, items, left = sources.get(args.source, folder_source)(args)
         total, items = min(total, args.num or total), itertools.islice(items, args.num)
     text_encoder = load_text_encoder(args.text_encoder) if args.text_encoder else None
-    for dead in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):  # left by a process that was killed
-        if not alive(dead.name.split(".")[-2]):
-            shutil.rmtree(dead, ignore_errors=True)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with partial_folder(out) as partial:
         if args.source == "text":
             meta = (write_oracle if args.synthetic_oracle else write_texts)(args, partial)
         else:
@@ -1601,8 +1571,6 @@ def make(args, out, state):
         write_json(partial / "meta.json", meta)
         os.rename(partial, out)
         return meta
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main():

@@ -29,7 +29,7 @@ recipes() { sed -n 's/^    \([a-z0-9-]*\)).*/\1/p' "$here/run_all.sh" | xargs; }
 
 recipe=${1:-shapes}
 shift || true
-prepare=() train=() count=2048 pictures=(--grid --interpolate 8) real=()
+prepare=() train=() count=2048 pictures=(--grid --interpolate 8) real=(--num-real 2048)
 # what is common to the recipes for CPUs, and to those of Huang et al. 2024
 small=(--arch sngan --width 16 --width-d 16 --loss relativistic --r1 0.01 --r2 0.01 --penalty-interval 4
        --lr-g 2e-3:0 --lr-d 1e-3:0 --beta1 0 --beta2 0.99 --ema-images 20000)
@@ -37,69 +37,61 @@ r3gan=(--arch resnet --blocks 2 --width-max 768 --latent-dim 64 --loss relativis
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
                 train=("${small[@]}" --condition text --mismatch-weight 0.5 --detail 10 --batch-size 32
-                       --penalty-interval 8 --epochs 33)
-                real=(--num-real 2048) ;;
+                       --penalty-interval 8 --epochs 33) ;;
     captioned)  prepare=(folder --size 32 --holdout 0.05)
-                train=("${small[@]}" --condition text --mismatch-weight 0.5 --batch-size 32 --epochs 180)
-                real=(--num-real 2048) ;;
+                train=("${small[@]}" --condition text --mismatch-weight 0.5 --batch-size 32 --epochs 180) ;;
     stacked-mnist)
                 prepare=(stacked-mnist --size 32)
                 train=("${small[@]}" --batch-size 64 --epochs 13)
-                count=25600 real=(--num-real 2048) ;;
+                count=25600 ;;
     mnist)      prepare=(mnist --size 28)
-                train=(--batch-size 64 --epochs 25)
-                real=(--num-real 2048) ;;
+                train=(--batch-size 64 --epochs 25) ;;
     fashion-mnist)
                 prepare=(fashion-mnist --size 32)
-                train=("${small[@]}" --batch-size 32 --penalty-interval 8 --epochs 5)
-                real=(--num-real 2048) ;;
+                train=("${small[@]}" --batch-size 32 --penalty-interval 8 --epochs 5) ;;
     mnist-128)  prepare=(mnist --size 28)
-                train=(--batch-size 128 --epochs 25)
-                real=(--num-real 2048) ;;
+                train=(--batch-size 128 --epochs 25) ;;
     anime64)    prepare=(folder --size 64)
                 train=(--arch upsample --batch-size 800 --epochs 100 --real-label 0.9 --fake-label 0.1
                        --lr-g 2e-4:1e-5 --lr-d 2e-4:1e-5 --flip)
-                count=10000 ;;
+                count=10000 real=() ;;
     celeba64)   prepare=(celeba --size 64 --crop 178)
                 train=(--batch-size 128 --epochs 200 --flip)
-                count=50000 ;;
+                count=50000 real=() ;;
     mnist-deep) prepare=(mnist --size 28)
-                train=(--arch upsample --extra-convs 2 --batch-size 64 --epochs 25)
-                real=(--num-real 2048) ;;
+                train=(--arch upsample --extra-convs 2 --batch-size 64 --epochs 25) ;;
     mnist-rmsprop)
                 prepare=(mnist --size 28)
-                train=(--optimizer rmsprop --beta2 0.9 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64 --epochs 25)
-                real=(--num-real 2048) ;;
+                train=(--optimizer rmsprop --beta2 0.9 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64 --epochs 25) ;;
     celeba64-r3)
                 prepare=(celeba --size 64 --crop 178)
                 train=("${r3gan[@]}" --width 384 --batch-size 256 --epochs 500 --flip --r1 2:0.2 --r2 2:0.2
                        --lr-g 2e-4:5e-5 --lr-d 2e-4:5e-5 --ema-images 0:500000 --diffaug 0:0.3 --burn-in 20e6)
-                count=50000 ;;
+                count=50000 real=() ;;
     cifar10-r3) prepare=(cifar10 --size 32)
                 train=("${r3gan[@]}" --width 768 --batch-size 512 --epochs 5000 --flip --r1 0.05:0.005 --r2 0.05:0.005
                        --lr-g 2e-4:5e-5 --lr-d 2e-4:5e-5 --ema-images 0:5e6 --diffaug 0:0.55 --burn-in 20e6
                        --condition label)
-                count=50000 ;;
+                count=50000 real=() ;;
     stacked-mnist-r3)
                 prepare=(stacked-mnist --size 32)
                 train=("${r3gan[@]}" --width 768 --batch-size 512 --epochs 167 --r1 1:0.1 --r2 1:0.1
                        --ema-images 0:500000 --burn-in 2e6)
-                count=25600 ;;
+                count=25600 real=() ;;
     coco32)     prepare=(coco --size 32)
                 train=(--condition text --mismatch-weight 0.5 --batch-size 512 --epochs 100 --flip --log-every 50)
-                count=10000 ;;
+                count=10000 real=() ;;
     coco64)     prepare=(coco --size 64)
                 train=(--condition text --mismatch-weight 0.5 --attention --cond-augment 1 --feature-matching 0.01
                        --lr-g 2e-4:0 --lr-d 1e-4:0 --clip-grad 1 --schedule cosine-restarts --batch-size 128 --epochs 40
                        --flip)
-                count=10000 ;;
+                count=10000 real=() ;;
     captions)   prepare=(text --level word)
                 train=(--arch seq --loss relativistic --width 64 --batch-size 64 --epochs 8 --pretrain-epochs 4
                        --lr-g 1e-4 --lr-d 1e-4 --clip-grad 5 --temperature 2:1.7 --schedule linear)
-                pictures=() ;;
+                pictures=() real=() ;;
     folder)     prepare=(folder --size 64)
-                train=(--batch-size 64 --epochs 200 --flip --save-every 500)
-                real=(--num-real 2048) ;;
+                train=(--batch-size 64 --epochs 200 --flip --save-every 500) ;;
     tests | gpu-check) ;;
     -h | --help)
                 sed -n '/^# Prepare/,/^# interrupted/s/^# \{0,1\}//p' "$here/run_all.sh"

@@ -39,8 +39,8 @@ from torch import nn
 from tqdm import tqdm
 
 from prepare_data import (EXTENSIONS, Data, Parser, fail, find_device, flag, leave, lines_of,
-                          load_text_encoder, on_signals, plural, read_json, status_of, steady_output,
-                          whole_file, within, words_of, write_text)
+                          load_text_encoder, on_signals, partial_folder, plural, read_json, status_of,
+                          steady_output, text_of, whole_file, within, words_of, write_text)
 from train import latents, load_generator, make_grid, to_pixels, to_texts
 
 BLOCK = 64  # images a pass, always: another number would round the last bits another way
@@ -117,13 +117,9 @@ def lines_told(file):
     if file is None:
         return []
     try:
-        data = Path(file).read_bytes()
-        lines = lines_of(data.decode("utf-8-sig"))
-    except OSError as error:
-        fail(f"--text-file {file}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        fail(f"--text-file {file}: line {line} is not UTF-8 text")
+        lines = lines_of(text_of(Path(file).read_bytes()))
+    except (OSError, ValueError) as error:
+        fail(f"--text-file {file}: {getattr(error, 'strerror', None) or error}")
     told = [(line, f"--text-file {file}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     return told or fail(f"--text-file {file}: no captions in it")
 
@@ -360,16 +356,14 @@ def write_images(out, blocks, written):
         buffer = io.BytesIO()
         np.savez(buffer, images=np.concatenate([pixels for _, pixels in blocks]))
         return written.write(out, buffer.getvalue())
-    partial, lines = out.with_name(f"{out.name}.{os.getpid()}.partial"), []
-    partial.mkdir()
+    with partial_folder(out) as partial:
+        def write(name, pixels):
+            data = encode(Image.fromarray(pixels.squeeze()), "PNG", compress_level=4)
+            (partial / name).write_bytes(data)
+            return written.line(out / name, data)
 
-    def write(name, pixels):
-        data = encode(Image.fromarray(pixels.squeeze()), "PNG", compress_level=4)
-        (partial / name).write_bytes(data)
-        return written.line(out / name, data)
-    try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            waiting = []
+            waiting, lines = [], []
             for first, pixels in blocks:
                 lines += waiting  # a block behind: errors of the disk surface, memory stays bounded
                 waiting = pool.map(write, [f"{first + i:06d}.png" for i in range(len(pixels))], pixels)
@@ -379,8 +373,6 @@ def write_images(out, blocks, written):
         shutil.rmtree(out, ignore_errors=True)
         os.rename(partial, out)
         written.note(lines, instead_of=before)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_walk(written, still, moving, z, condition, draw):

@@ -353,12 +353,12 @@ def rows(work, args):
 
         def scipy():
             start = time.perf_counter()
-            linalg.sqrtm(a[1] @ b[1])
+            linalg.sqrtm(a["sigma"] @ b["sigma"])
             return time.perf_counter() - start
 
         def ours():
             start = time.perf_counter()
-            evaluate.frechet_distance(*a, *b)
+            evaluate.frechet_distance(a, b)
             return time.perf_counter() - start
         return pairs(scipy, ours, r)
 

@@ -175,14 +175,14 @@ def check_processes(folder, options):
     return f"apart by {apart:.0e}", apart < 1e-3
 
 
-def check_fid():
-    """The features of 64 images and the FID of 64 to 64 others, by GPU and by CPU."""
-    network = [evaluate.load_inception(evaluate.find_weights(), torch.device(kind)) for kind in ("cpu", "cuda")]
-    images = np.random.default_rng(0).integers(0, 256, (128, 32, 32, 3), dtype=np.uint8)
-    images[64:] //= 2
-    found = [evaluate.inception_features(net, images, torch.device(kind), np.arange(128))
-             for net, kind in zip(network, ("cpu", "cuda"))]
-    fids = [evaluate.fid(evaluate.statistics(x[:64]), evaluate.statistics(x[64:])) for x in found]
+def check_fid(device="cuda", count=64):
+    """The FID of so many images to as many others, by this device and by the CPU."""
+    images, fids = np.random.default_rng(0).integers(0, 256, (2 * count, 32, 32, 3), dtype=np.uint8), []
+    images[count:] //= 2
+    for kind in map(torch.device, ("cpu", device)):
+        network = evaluate.load_inception(evaluate.find_weights(), kind)
+        x = evaluate.inception_features(network, images, kind, np.arange(2 * count))
+        fids.append(evaluate.frechet_distance(*map(evaluate.statistics, (x[:count], x[count:]))))
     return f"FID {fids[1]:.4f}, on the CPU {fids[0]:.4f}", abs(fids[1] / fids[0] - 1) < 1e-3
 
 

@@ -25,13 +25,15 @@ def features(n, d, shift=0.0):
 def test_frechet_distance_against_scipy():
     from scipy import linalg
     for n, d in ((300, 40), (20, 40)):  # the second has singular covariances
-        a, b = (evaluate.statistics(features(n, d, shift)) for shift in (0, 0.3))
-        root = linalg.sqrtm(a[1] @ b[1] if n > d else a[1] @ b[1] + 0j).real
-        expected = ((a[0] - b[0]) ** 2).sum() + np.trace(a[1] + b[1] - 2 * root)
-        assert evaluate.frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-6 if n > d else 1e-3)
-    assert evaluate.frechet_distance(*a, *a) == pytest.approx(0, abs=1e-6 * np.trace(a[1]))
+        one, other = (evaluate.statistics(features(n, d, shift)) for shift in (0, 0.3))
+        (mu1, sigma1), (mu2, sigma2) = one.values(), other.values()
+        root = linalg.sqrtm(sigma1 @ sigma2 if n > d else sigma1 @ sigma2 + 0j).real
+        expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
+        assert evaluate.frechet_distance(one, other) == pytest.approx(expected, rel=1e-6 if n > d else 1e-3)
+    assert evaluate.frechet_distance(one, one) == pytest.approx(0, abs=1e-6 * np.trace(sigma1))
     # worked out by hand: means 3 apart, standard deviations 1 and 2 in each of 2 dimensions
-    assert evaluate.frechet_distance([0, 0], np.eye(2), [3, 0], 4 * np.eye(2)) == pytest.approx(9 + 2 * (2 - 1) ** 2)
+    one, other = {"mu": [0, 0], "sigma": np.eye(2)}, {"mu": [3, 0], "sigma": 4 * np.eye(2)}
+    assert evaluate.frechet_distance(one, other) == pytest.approx(9 + 2 * (2 - 1) ** 2)
 
 
 def test_kernel_distance_against_the_definition():
@@ -58,7 +60,7 @@ def folder_of(path, count, shift, size=32):
 def test_statistics_in_parts_are_those_of_the_whole(monkeypatch):
     monkeypatch.setattr(evaluate, "PART", 7)
     x = features(30, 5, 100)
-    mean, sigma = evaluate.statistics(x)
+    mean, sigma = evaluate.statistics(x).values()
     assert np.allclose(mean, x.astype(float).mean(0), rtol=1e-12) and np.allclose(sigma, np.cov(x.astype(float), rowvar=False), rtol=1e-9)
 
 
@@ -315,7 +317,7 @@ def test_real_images_against_others(tmp_path):
     assert (real["n"], real["floor_n"], network.seen) == (41, 20, 41)
     order = np.random.default_rng(0).permutation(41)
     halves = [evaluate.measure_images(network, data.array("images"), "cpu", order[i:i + 20]) for i in (0, 20)]
-    assert real["floor"] == pytest.approx(evaluate.fid(*halves)) and real["floor"] > 0
+    assert real["floor"] == pytest.approx(evaluate.frechet_distance(*halves)) and real["floor"] > 0
     seen = network.seen
     assert evaluate.real_statistics(network, data, None, True, "cpu")["floor"] == real["floor"] and network.seen == seen
     assert evaluate.real_statistics(Brightness("another"), data, None, False, "cpu")["mu"][0] > real["mu"][0] + 5

@@ -94,6 +94,11 @@ def test_few_launches_a_step(tmp_path):
     assert len(counter.launches) <= 230, counter.launches
 
 
+def test_the_check_of_the_gpu_compares_fid(weights):
+    said, good = gpu_check.check_fid("cpu", 8)
+    assert good and said.startswith("FID ")
+
+
 def test_the_check_of_the_gpu_takes_every_recipe(tmp_path):
     """Its data and options fit; on this machine the networks that are small run."""
     known = gpu_check.recipes()

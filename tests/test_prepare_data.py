@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -264,6 +265,17 @@ def test_a_full_disk_or_a_signal_leaves_nothing(tmp_path):
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert process.stderr.read().strip().endswith("prepare_data.py: SIGTERM: what was half done is dropped")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_goes_and_what_another_process_makes_stays(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    own, others = f"out.{socket.gethostname()}", ["out.another-machine.1.partial", f"out.{socket.gethostname()}.{os.getppid()}.partial"]
+    for name in (f"{own}.{os.getpid()}.partial", f"{own}.{ended.pid}.partial", *others):
+        (tmp_path / name / "images").mkdir(parents=True)
+    with prepare_data.partial_folder(tmp_path / "out") as partial:
+        assert sorted(tmp_path.iterdir()) == sorted([partial, *(tmp_path / name for name in others)]) and not list(partial.iterdir())
+    assert not partial.exists()
 
 
 def test_a_place_is_the_users_to_mend_and_a_disk_is_not():

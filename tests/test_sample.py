@@ -246,7 +246,7 @@ def test_what_it_wrote_is_replaced_and_what_was_changed_is_not(generator, tmp_pa
 def test_texts_without_a_known_word_are_not_drawn(captioned, tmp_path):
     for text in ("🐱", "!!!", "zyx", ""):
         refused("sample.py", "--run", captioned, "--num", "1", "--text", text, "--out", tmp_path / "a.npz", naming="--text")
-    (tmp_path / "t16.txt").write_bytes("a red circle".encode("utf-16"))
+    (tmp_path / "t16.txt").write_bytes("a red circle".encode("utf-16-le"))
     refused("sample.py", "--run", captioned, "--num", "1", "--text-file", tmp_path / "t16.txt", "--out", tmp_path / "a.npz",
             naming="--text-file")
     assert not (tmp_path / "a.npz").exists()
