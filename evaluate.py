@@ -45,8 +45,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from prepare_data import (LATER, Data, Parser, fail, find_device, flag, in_a_line, leave, load_text_encoder,
-                          on_signals, plural, read_json, read_lines, read_picture, status_of, steady_output,
-                          whole_file, why_left, why_unread, within, write_json, write_text)
+                          on_signals, plural, read_json, read_lines, read_or_empty, read_picture, status_of,
+                          steady_output, whole_file, why_left, why_unread, within, write_json, write_text)
 
 BATCH = 32  # images a pass of Inception
 PART = 512  # images whose features are kept as one file: a killed call goes on from these
@@ -994,13 +994,6 @@ def plot_fids(curves):
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
     return drawing
-
-
-def read_or_empty(path):
-    """What a .json holds, {} where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    return {}
 
 
 def read_status(run):

@@ -305,7 +305,7 @@ def alive(pid):
 
 @contextlib.contextmanager
 def partial_folder(path):
-    """A folder to fill, and then to rename to `path`; gone at the end, as what a kill left on this machine."""
+    """A folder to fill and rename to `path`; gone at the end, as is what a kill left on this machine."""
     own = f"{path.name}.{socket.gethostname()}"
     for left in path.parent.glob(f"{glob.escape(own)}.[0-9]*.partial"):
         pid = int(left.name.split(".")[-2])
@@ -335,6 +335,13 @@ def read_json(path, option=None):
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"damaged: {error}"
         fail(f"{f'{option} ' if option else ''}{path}: {reason}")
+
+
+def read_or_empty(path):
+    """What a .json holds, {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    return {}
 
 
 def read_lines(path):

@@ -14,7 +14,6 @@ larger --num adds some and leaves the others as they were.
 
 import argparse
 import base64
-import contextlib
 import hashlib
 import html
 import io
@@ -39,8 +38,8 @@ from torch import nn
 from tqdm import tqdm
 
 from prepare_data import (EXTENSIONS, Data, Parser, fail, find_device, flag, leave, lines_of,
-                          load_text_encoder, on_signals, partial_folder, plural, read_json, status_of,
-                          steady_output, text_of, whole_file, within, words_of, write_text)
+                          load_text_encoder, on_signals, partial_folder, plural, read_json, read_or_empty,
+                          status_of, steady_output, text_of, whole_file, within, words_of, write_text)
 from train import latents, load_generator, make_grid, to_pixels, to_texts
 
 BLOCK = 64  # images a pass, always: another number would round the last bits another way
@@ -693,11 +692,9 @@ def write_pictures(args, generator, saved, digest, folder, device):
                "at": args.at, "text": [text for text, _ in args.told],
                "data": [str(data.folder), data.meta["fingerprint"]] if data else None,
                "held_out": args.held_out, "generator": digest, "step": saved["step"]}
-    done, before = False, {}
-    with contextlib.suppress(OSError, ValueError):
-        files = [out] if out.suffix == ".npz" else [out / f"{i:06d}.png" for i in range(args.num)]
-        before = json.loads(record.read_text())
-        done = before == request and all(map(written.holds, [*files, notes]))
+    files = [out] if out.suffix == ".npz" else [out / f"{i:06d}.png" for i in range(args.num)]
+    before = read_or_empty(record)
+    done = before == request and all(map(written.holds, [*files, notes]))
     prefix = f"{out.name.removesuffix('.npz')}-" if args.out else ""
     grid, captions, still, moving = (folder / (prefix + name) for name in (
         "grid.png", "captions.png", "interpolation.png", "interpolation.webp"))

@@ -41,8 +41,8 @@ from torch import nn
 from tqdm import tqdm
 
 from prepare_data import (LATER, TRY_AGAIN, Data, Parser, Trackers, cores, fail, find_device, flag, in_a_line,
-                          lock, on_signals, read_lines, status_of, steady_output, whole_file, within,
-                          write_json, write_text)
+                          lock, on_signals, read_lines, read_or_empty, status_of, steady_output, whole_file,
+                          within, write_json, write_text)
 
 EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
@@ -1725,16 +1725,14 @@ class Watch:
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""
         run, out = self.run, self.run.out
-        there, before = [out / name for name in WRITTEN if (out / name).exists()], {}
-        with contextlib.suppress(OSError, ValueError):
-            before = dict(json.loads((out / "config.json").read_text()))
+        there, before = [x for x in WRITTEN if (out / x).exists()], read_or_empty(out / "config.json")
         if there and not path and "run_id" not in before:
             self.withdraw()
-            fail(f"--out {out} holds {there[0].name}, which is of no run of train.py: choose another folder")
+            fail(f"--out {out} holds {there[0]}, which is of no run of train.py: choose another folder")
         run_id = before["run_id"] if path and "run_id" in before else os.urandom(16).hex()
         if not path:  # a fresh start leaves nothing of an earlier run
             keep = () if run.args.resume == "never" else ("generator.pt", "error.pt")
-            for old in [*(path for path in there if path.name not in keep), *out.glob("grids/step_*")]:
+            for old in [*(out / name for name in there if name not in keep), *out.glob("grids/step_*")]:
                 old.unlink()
         for name in (*WRITTEN, "grids/*"):  # what a kill left half written
             for left in out.glob(f"{name}.[0-9]*.tmp"):
@@ -1869,9 +1867,8 @@ class Watch:
 
     def finished(self, state):
         """Say so in status.json where a kill after the last save left another word."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            if json.loads((self.run.out / "status.json").read_text())["state"] == "running":
-                write_status(self.run, state, "finished")
+        if read_or_empty(self.run.out / "status.json").get("state") == "running":
+            write_status(self.run, state, "finished")
 
     def end(self, state, name, **more):
         """The last word of a run that finished or was interrupted."""
@@ -2086,7 +2083,7 @@ def post_mortem(run, state):
         yield
     except Exception as error:
         with contextlib.suppress(Exception):  # a dead GPU or disk is not to hide the error itself
-            if json.loads((run.out / "status.json").read_text())["state"] != "failed":  # the first knows why
+            if read_or_empty(run.out / "status.json").get("state") != "failed":  # the first knows why
                 write_status(run, state, "failed", error=f"{type(error).__name__}: {error}",
                              traceback="".join(traceback.format_exception(error)))
                 write_torch(run.out / "error.pt", checkpoint(run, state))

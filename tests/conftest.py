@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the scripts would ignore it
 
 
 def run_script(command, environment, cwd, output):
