@@ -94,8 +94,8 @@ case $recipe in
                 train=(--batch-size 64 --epochs 200 --flip --save-every 500) ;;
     tests | gpu-check) ;;
     -h | --help)
-                sed -n '/^# Prepare/,/^# interrupted/s/^# \{0,1\}//p' "$here/run_all.sh"
-                printf '\nRecipes: %s\n' "$(recipes)"
+                say "$(sed -n '/^# Prepare/,/^# interrupted/s/^# \{0,1\}//p' "$here/run_all.sh")"
+                say $'\nRecipes: '"$(recipes)"
                 exit ;;
     -*)         mistake "$recipe comes after the recipe: bash run_all.sh shapes $recipe …" ;;
     *)          mistake "$recipe is not a recipe: $(recipes)" ;;

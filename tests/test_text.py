@@ -5,7 +5,6 @@ import math
 import random
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
