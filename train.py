@@ -120,8 +120,8 @@ def parse_args(argv=None):
     add("--r1", type=course(0), metavar="START:END", help="weight of D's squared gradient at real images "
         "(default: 0.05 with relativistic, else 0)")
     add("--r2", type=course(0), metavar="START:END", help="the same at fakes")
-    add("--penalty-interval", type=count, metavar="STEPS", help="R1 and R2 in one of so many steps of D, so "
-        "many times as strong, which is cheaper (default: 1)")
+    add("--penalty-interval", type=count, default=1, metavar="STEPS", help="R1 and R2 in one of so many "
+        "steps of D, so many times as strong, which is cheaper")
     add("--gp", type=weight, metavar="WEIGHT", help="gradient penalty between real and fake (default: 10 "
         "with wgan-gp, else 0)")
     add("--feature-matching", type=weight, default=0.0, metavar="WEIGHT", help="G matches D's mean features")
@@ -195,9 +195,8 @@ def parse_args(argv=None):
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    if args.penalty_interval and not (args.r1 or args.r2):
+    if args.penalty_interval > 1 and not (args.r1 or args.r2):
         parser.needless(args, "penalty_interval", "needs --r1 or --r2")
-    args.penalty_interval = args.penalty_interval or 1
     args.norm_d = args.norm_d or ("none" if args.r1 or args.r2 or args.gp else "batch")
     args.width_d = args.width_d or args.width
     for name in ("width", "width_d"):
@@ -1382,8 +1381,9 @@ class Run:
             decay = between(args.ema, start)
         decay = min(decay, (1 + step) / (10 + step))  # short at first, to forget the first weights
         warm = min((step + 1) / args.warmup, 1) if args.warmup else 1
-        turn = Turn(step % args.d_interval == 0, (step + 1) % args.d_steps == 0,
-                    step // args.d_interval % args.penalty_interval == 0, self.data.dial(self, step))
+        train_d, train_g = step % args.d_interval == 0, (step + 1) % args.d_steps == 0
+        penalise = train_d and step // args.d_interval % args.penalty_interval == 0
+        turn = Turn(train_d, train_g, penalise, self.data.dial(self, step))
         # lazy regularisation: Karras et al. 2020
         amounts = {"r1": r1 * args.penalty_interval, "r2": r2 * args.penalty_interval, "diffaug": diffaug}
         return Now(lr_g * warm, lr_d * warm, beta2, 1 - decay, amounts, turn)
@@ -1420,14 +1420,10 @@ class Run:
 
     def sum(self, tensor):
         """The sum of a tensor over the processes, on each of them."""
-        if self.world > 1:
-            tensor = tensor.clone()
-            dist.all_reduce(tensor)
-        return tensor
+        return AllSum.apply(tensor) if self.world > 1 else tensor
 
     def on_first(self, function, *args):
         """What a call by the first process alone returns, on all of them; they also end as it does."""
-        result = [None]
         try:
             result = [function(*args) if self.rank == 0 else None]
         except SystemExit as end:
@@ -1644,8 +1640,9 @@ def find_checkpoint(run):
 
 def check_same(run, saved, path):
     """Refuse a checkpoint of other networks, options or data, and name what differs."""
-    if saved.get("format") != FORMAT:
-        fail(f"{path}: of another version of train.py: go on with that, or start over with --resume never")
+    if saved.get("format") != FORMAT or "options" not in saved:  # a generator has none
+        fail(f"{path}: no checkpoint, or of another version of train.py: go on with that, or start over with "
+             "--resume never")
     options, asked, model = saved["options"], vars(run.args), saved["model"]
     free = FREE - ({"epochs"} if asked["grow"] else set())  # whose sizes hang on their number
     free -= {"fid_num"} if saved["best"] and asked["fid_every"] else set()  # of which the lowest FID was
@@ -1703,32 +1700,34 @@ class Watch:
         self.recent = []  # lines of the last epoch
 
     def open(self):
-        """Take RUN/ for this process, or one line why not, before any work."""
+        """Take RUN/ for this process and find where to go on from, or one line why not, before any work."""
         run = self.run
         if run.args.fid_every:
             import evaluate  # here alone: who does not track FID needs none of it
             evaluate.find_weights()
         places = [run.out / "lock", run.out / "grids", run.out, *run.out.parents]
-        self.made = [place for place in places if not place.exists()]
+        made = [place for place in places if not place.exists()]
         try:
             run.out.mkdir(parents=True, exist_ok=True)
             self.lock = lock(run.out)  # for as long as this file is open
             (run.out / "grids").mkdir(exist_ok=True)
+            saved, path = find_checkpoint(run)
+            ours = "run_id" in read_or_empty(run.out / "config.json") or path and path.parent == run.out
+            if not ours and (there := [name for name in WRITTEN if (run.out / name).exists()]):
+                fail(f"--out {run.out} holds {there[0]}, which is of no run of train.py: choose another "
+                     "folder")
+            return saved, path
         except OSError as error:
             fail(f"--out {run.out}: {error.strerror}")
-
-    def withdraw(self):
-        """Leave nothing of a call that is refused."""
-        for place in self.made:
-            place.rmdir() if place.is_dir() else place.unlink()
+        except SystemExit:  # of a call that is refused nothing is left
+            for place in made:
+                place.rmdir() if place.is_dir() else place.unlink(missing_ok=True)
+            raise
 
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""
         run, out = self.run, self.run.out
         there, before = [x for x in WRITTEN if (out / x).exists()], read_or_empty(out / "config.json")
-        if there and not path and "run_id" not in before:
-            self.withdraw()
-            fail(f"--out {out} holds {there[0]}, which is of no run of train.py: choose another folder")
         run_id = before["run_id"] if path and "run_id" in before else os.urandom(16).hex()
         if not path:  # a fresh start leaves nothing of an earlier run
             keep = () if run.args.resume == "never" else ("generator.pt", "error.pt")
@@ -1957,9 +1956,9 @@ def train(run, state, watch, signals):
             log_interval(run, state, watch)
         if state.step % args.grid_every == 0 or last:
             watch.grid(state)
-        track_fid(run, state, watch)
+        scored = track_fid(run, state, watch)
         number = signals.agreed()
-        if state.step % args.save_every == 0 or over(run, state) or number:
+        if not scored and (state.step % args.save_every == 0 or over(run, state) or number):
             save(run, state)
     return 0 if over(run, state) else number
 
@@ -1993,10 +1992,13 @@ def fid_due(run, state):
 
 
 def track_fid(run, state, watch):
-    """Where it is due, score the averaged generator on the first process; keep on all what the best was."""
+    """Where it is due, score the averaged generator on the first process; keep on all what the best was.
+
+    Returns whether it was due: then the state is saved, too.
+    """
     best, step = state.best, state.step
     if not fid_due(run, state):
-        return
+        return False
     save(run, state)  # scoring takes longer than torchrun waits after a signal
     fid = run.on_first(watch.score, state)
     if best is None or fid < best["fid"]:
@@ -2005,6 +2007,7 @@ def track_fid(run, state, watch):
     save(run, state)
     if over(run, state) and step < run.total:
         watch.say(f"--patience {run.args.patience}: the best FID is still that of step {best['step']}")
+    return True
 
 
 # ---- main ------------------------------------------------------------------------------------------------
@@ -2123,12 +2126,7 @@ def main():
             raise
         fail(f"networks of --width {args.width} do not fit into memory: take a smaller one")
     watch = Watch(run) if run.rank == 0 else Mute()
-    run.on_first(watch.open)
-    try:
-        saved, path = run.on_first(find_checkpoint, run)  # RUN need not be visible on every node
-    except SystemExit:
-        watch.withdraw()
-        raise
+    saved, path = run.on_first(watch.open)  # RUN need not be visible on every node
     if saved is not None:
         state.load_state_dict(saved)
         state.meter.sums /= run.world
@@ -2142,10 +2140,9 @@ def main():
             state.D.net.compile()
     number = 0
     if over(run, state) and not fid_due(run, state):
-        early = state.step < run.total
         watch.finished(state)
-        watch.say(f"{run.out} is already trained: {state.step} steps of {run.total}" + (
-            f"; ended by --patience, the best is that of step {state.best['step']}" if early else ""))
+        watch.say(f"{run.out} is already trained: {state.step} steps of {run.total}"
+                  + ", ended by --patience" * (state.step < run.total))
     else:
         signals = Signals(run.group)
         with post_mortem(run, state), contextlib.closing(watch):

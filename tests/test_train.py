@@ -842,6 +842,14 @@ def test_refusals(shapes, trained, tmp_path, capsys):
             naming=["sizes [16] there, [32] asked", "--out"])
     refused("train.py", "--data", shapes, "--out", run, "--condition", "label", "--epochs", "9", "--lr-g", "1e-3", *TINY,
             naming="--lr-g 0.0002 there, 0.001 asked")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "log.jsonl").write_text("mine")
+    base = ("train.py", "--data", shapes, "--condition", "label", *TINY)
+    refused(*base, "--out", mine, "--resume", run / "checkpoint.pt", naming=["--out", "log.jsonl"])
+    assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+    refused(*base, "--out", out, "--resume", run / "generator.pt", naming="generator.pt: no checkpoint")
+    assert not out.exists()
     (tmp_path / "file").write_text("")
     refused("train.py", "--data", shapes, "--out", tmp_path / "file", naming="--out")
     meta = json.loads((other / "meta.json").read_text())
