@@ -1250,7 +1250,7 @@ def score_captions(conditions, generated, fake, real, network, data, device, hel
 
     held_out: whether the rows of conditions are of the images that DATA holds out of training.
     """
-    images, told, lines = data.array("images"), "captions of the training data", []
+    images, told, lines = data.array("images"), "captions of the real images", []
     if held_out:
         images, told = data.array("held_out_images"), "captions held out of training"
         lines, real = data.captions(held_out=True), real | {"rows": np.arange(0)}  # none of them is there

@@ -26,6 +26,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import random
 import re
 import shutil
@@ -39,6 +40,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +92,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATHS = ("root", "captions")  # options
 LISTS = ("captions.jsonl", "metadata.jsonl")  # captions among the images; the second as Hugging Face has it
 FILE_KEYS, CAPTION_KEYS = ("file", "file_name"), ("captions", "caption", "text")
+stopped = []  # signals received; looked at between images, since raising anywhere leaves threads waiting
 
 TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "celeba")
 DRAWN = {"shapes": 10_000, "stacked-mnist": 60_000}  # by --seed; how many without --num
@@ -308,12 +311,12 @@ def partial_folder(path):
     """A folder to fill and rename to `path`; gone at the end, as is what a kill left on this machine."""
     own = f"{path.name}.{socket.gethostname()}"
     for left in path.parent.glob(f"{glob.escape(own)}.[0-9]*.partial"):
-        pid = int(left.name.split(".")[-2])
-        if pid == os.getpid() or not alive(pid):  # numbers come again
+        pid = left.name.split(".")[-2]
+        if pid == str(os.getpid()) or pid.isdecimal() and not alive(int(pid)):  # numbers come again
             shutil.rmtree(left, ignore_errors=True)
     partial = path.with_name(f"{own}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -1195,8 +1198,10 @@ def decode(items, args):
     return results
 
 
-def serve(connection, args):
+def serve(connection, inherited, args):
     """A worker: lists of Items come in, what `decode` makes of them goes out, until the other end is gone."""
+    for end in inherited:  # of the parent, which would never be gone
+        end.close()
     for number in SIGNALS:  # the parent's Ctrl-C is the parent's business; what ends a worker ends it at once
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
@@ -1206,36 +1211,49 @@ def serve(connection, args):
 
 
 def decode_all(items, args):
-    """Results of `decode` in order, from all cores; each has a few images at a time, so memory is bounded."""
-    items, workers, pipes, busy = iter(items), [], [], deque()
+    """Results of `decode` in order, from all cores, with a bounded number of images under way."""
+    items, window, workers, idle, pipes = iter(items), deque(), [], queue.SimpleQueue(), []
+    on_signals(lambda number, frame: stopped.append(number))
     for _ in range(args.workers):  # a pipe each: it ends with its worker; a shared one would not
         ours, theirs = multiprocessing.Pipe()
-        workers.append(multiprocessing.Process(target=serve, args=(theirs, args), daemon=True))
+        pipes.append(ours)
+        workers.append(multiprocessing.Process(target=serve, args=(theirs, pipes, args), daemon=True))
         workers[-1].start()
         theirs.close()
-        pipes.append(ours)
+        idle.put(ours)
 
-    def occupy(pipe):
-        if chunk := list(itertools.islice(items, CHUNK)):
-            pipe.send(chunk)
-            busy.append(pipe)
+    def work(chunk):
+        connection = idle.get()
+        try:
+            connection.send(chunk)
+            return connection.recv()
+        finally:
+            idle.put(connection)
+    threads = ThreadPoolExecutor(args.workers)
     try:
-        for pipe in pipes:
-            occupy(pipe)
-        while busy:
-            pipe = busy.popleft()
-            results = pipe.recv()
-            occupy(pipe)
-            yield from results
+        while (chunk := list(itertools.islice(items, CHUNK))) or window:
+            if chunk:
+                window.append(threads.submit(work, chunk))
+            if not chunk or len(window) >= 4 * args.workers:
+                yield from window.popleft().result()
     except (EOFError, OSError):
+        leave_if_stopped()  # by a signal to all
         fail("a decoding process was killed, as systems do for want of memory: call again with fewer "
              f"--workers ({args.workers} here)", status=1)
     finally:
         for worker in workers:
             worker.terminate()
+        threads.shutdown(cancel_futures=True)
+        on_signals(leave)
+    leave_if_stopped()
 
 
 # ---- DATA --------------------------------------------------------------------------------------------------
+
+def leave_if_stopped():
+    if stopped:
+        leave(stopped[0])
+
 
 def held_out(total, args):
     """The numbers of the pictures, of so many, that --holdout keeps out of training, drawn by --seed."""
@@ -1265,6 +1283,7 @@ def write_images(results, total, folder, args, digest):
         starts = [header(file, 0) for file in files]
         results = tqdm(results, total=total, unit="img", disable=None)
         for i, (pixels, name, label, captions, attributes, reason) in enumerate(results):
+            leave_if_stopped()
             if pixels is None:
                 if args.strict:
                     fail(f"{name!r}: {reason} (--strict)")

@@ -1711,17 +1711,18 @@ class Watch:
             run.out.mkdir(parents=True, exist_ok=True)
             self.lock = lock(run.out)  # for as long as this file is open
             (run.out / "grids").mkdir(exist_ok=True)
+        except OSError as error:
+            fail(f"--out {run.out}: {error.strerror}")
+        try:
             saved, path = find_checkpoint(run)
             ours = "run_id" in read_or_empty(run.out / "config.json") or path and path.parent == run.out
             if not ours and (there := [name for name in WRITTEN if (run.out / name).exists()]):
                 fail(f"--out {run.out} holds {there[0]}, which is of no run of train.py: choose another "
                      "folder")
             return saved, path
-        except OSError as error:
-            fail(f"--out {run.out}: {error.strerror}")
         except SystemExit:  # of a call that is refused nothing is left
             for place in made:
-                place.rmdir() if place.is_dir() else place.unlink(missing_ok=True)
+                place.rmdir() if place.is_dir() else place.unlink()
             raise
 
     def begin(self, state, path):

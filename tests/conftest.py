@@ -16,7 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the scripts would ignore it
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup: the tests go on, and the scripts take it
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def run_script(command, environment, cwd, output):

@@ -294,7 +294,7 @@ def test_captions_held_out_of_training(tmp_path):
     assert found["colour right"]["value"] > 0.95 and found["colour right"]["n_generated"] == 300
     found, _ = evaluate.score_captions(notes, images, {"features": own}, real, features, data, "cpu", False)
     assert found["colour right"]["value"] < 0.5, "rows of the training data are other images"
-    assert "captions of the training data" in found["cosine"]["protocol"]
+    assert "captions of the real images" in found["cosine"]["protocol"]
 
 
 class Brightness:
