@@ -382,12 +382,12 @@ def real_statistics(network, data, num_real, floor, device, features=False):
     kept, folder = {}, data.folder / "features"
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as file:
         if str(file["about"]) == about:
-            kept = {"mu": file["mu"], "sigma": file["sigma"], "n": n}
+            kept = {"mu": file["mu"], "sigma": file["sigma"]}
 
-    real = {"rows": order[:n]}
+    real = {"n": n, "rows": order[:n]}
     if features or floor or not kept:
-        real |= measure_images(network, images, device, order[:n], "real", folder)
-    real |= kept
+        real["features"] = inception_features(network, images, device, order[:n], folder, "real")
+    real |= kept or statistics(real["features"])
     if floor:
         m = min(n, len(images) // 2)
         more = inception_features(network, images, device, order[n:2 * m], folder, "other real")
@@ -1356,9 +1356,11 @@ def training_warnings(status, total, drawn):
 
 def others_of(args, config, own):
     """{"images", "reference": path}: of these what is not the run's own, such as its samples in `own`."""
-    same = args.data and Data(args.data).meta["fingerprint"] == config["data"]["fingerprint"]
-    others = {"reference": args.reference or args.data if not same else None,
-              "images": args.images if args.images and Path(args.images).resolve() not in own else None}
+    others = {"reference": args.reference or args.data, "images": args.images}
+    if args.data and Data(args.data).meta["fingerprint"] == config["data"]["fingerprint"]:
+        del others["reference"]
+    if args.images and Path(args.images).resolve() in own:
+        del others["images"]
     return {key: path for key, path in others.items() if path}
 
 

@@ -237,7 +237,6 @@ def check_conditions(args, kind):
 def find_conditions(args, saved, folder):
     """(numbers of images -> conditions or None, number -> what to note, DATA if that names its rows)."""
     kind = saved["model"]["condition"]
-    check_conditions(args, kind)
     if kind == "none":
         return lambda numbers: None, lambda i: {}, None
     if kind == "label":
@@ -375,7 +374,7 @@ def write_images(out, blocks, written):
 
 
 def write_walk(written, still, moving, z, condition, draw):
-    """A closed walk through latents (n, dim) with one condition: frames in one picture; and moving."""
+    """A closed walk through latents (n, dim) with one condition: stills in one picture, and it moving."""
     steps = [slerp(z[i], z[(i + 1) % len(z)], f / FRAMES) for i in range(len(z)) for f in range(FRAMES)]
     pixels = draw(torch.stack(steps), condition)
     written.write(still, encode(make_grid(pixels[::FRAMES // 4]), "PNG"))
@@ -589,7 +588,6 @@ change();
 def explored(args, saved, folder):
     """[(name, options of sample.py that ask for it, condition (1, …) or None)]: the rows of the page."""
     kind, classes = saved["model"]["condition"], saved["classes"]
-    check_conditions(args, kind)
     if kind == "none":
         return [("", [], None)]
     if kind == "label":
@@ -765,10 +763,12 @@ def main():
             write_texts(args, generator, saved, path.parent, device)
         elif args.temperature:
             fail("--temperature: this generator draws images; it is for texts (train.py --arch seq)")
-        elif args.explore:
-            explore(args, generator, saved, path.parent, device)
         else:
-            write_pictures(args, generator, saved, digest, path.parent, device)
+            check_conditions(args, saved["model"]["condition"])
+            if args.explore:
+                explore(args, generator, saved, path.parent, device)
+            else:
+                write_pictures(args, generator, saved, digest, path.parent, device)
     except OSError as error:
         where = error.filename or args.out or args.export or args.run or args.film
         fail(f"{error.strerror or error}: {where}", status_of(error))

@@ -1728,12 +1728,11 @@ class Watch:
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""
         run, out = self.run, self.run.out
-        there, before = [x for x in WRITTEN if (out / x).exists()], read_or_empty(out / "config.json")
-        run_id = before["run_id"] if path and "run_id" in before else os.urandom(16).hex()
+        run_id = path and read_or_empty(out / "config.json").get("run_id") or os.urandom(16).hex()
         if not path:  # a fresh start leaves nothing of an earlier run
             keep = () if run.args.resume == "never" else ("generator.pt", "error.pt")
-            for old in [*(out / name for name in there if name not in keep), *out.glob("grids/step_*")]:
-                old.unlink()
+            for old in [*(out / name for name in WRITTEN if name not in keep), *out.glob("grids/step_*")]:
+                old.unlink(missing_ok=True)
         for name in (*WRITTEN, "grids/*"):  # what a kill left half written
             for left in out.glob(f"{name}.[0-9]*.tmp"):
                 left.unlink()
@@ -1868,7 +1867,8 @@ class Watch:
     def finished(self, state):
         """Say so in status.json where a kill after the last save left another word."""
         if read_or_empty(self.run.out / "status.json").get("state") == "running":
-            write_status(self.run, state, "finished")
+            with contextlib.suppress(OSError):  # all else is done
+                write_status(self.run, state, "finished")
 
     def end(self, state, name, **more):
         """The last word of a run that finished or was interrupted."""
@@ -2143,7 +2143,8 @@ def main():
     if over(run, state) and not fid_due(run, state):
         watch.finished(state)
         watch.say(f"{run.out} is already trained: {state.step} steps of {run.total}"
-                  + ", ended by --patience" * (state.step < run.total))
+                  + (f"; ended by --patience, the best is that of step {state.best['step']}"
+                     if state.step < run.total else ""))
     else:
         signals = Signals(run.group)
         with post_mortem(run, state), contextlib.closing(watch):

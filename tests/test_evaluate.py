@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -383,6 +384,18 @@ def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     (run / "images.jsonl").write_text("".join(json.dumps({"caption": "a star", "row": i}) + "\n" for i in range(40)))
     said = call("evaluate.py", "--run", run, "--data", other, "--num-real", "60", "--device", "cpu").stdout
     assert "60 real images" in said and "match their captions is not measured" in said and "cosine" not in said
+
+
+def test_figures_of_other_images_or_data_are_kept_apart(shapes, tmp_path):
+    (tmp_path / "images").mkdir()
+    own, config = [tmp_path / "images"], {"data": json.loads((shapes / "meta.json").read_text())}
+    for named, apart in (({}, {}), ({"images": tmp_path / "images"}, {}), ({"data": shapes}, {}),
+                         ({"images": tmp_path / "x"}, {"images": tmp_path / "x"}),
+                         ({"reference": tmp_path / "y"}, {"reference": tmp_path / "y"})):
+        args = Namespace(**{"images": None, "data": None, "reference": None} | named)
+        assert evaluate.others_of(args, config, own) == apart
+    other = {"data": {"fingerprint": "another"}}
+    assert evaluate.others_of(Namespace(images=None, data=shapes, reference=None), other, own) == {"reference": shapes}
 
 
 def test_report_escapes(trained, tmp_path):

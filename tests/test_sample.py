@@ -88,6 +88,7 @@ def test_text(captioned, tmp_path):
     again = ("sample.py", "--run", captioned, "--num", "4", "--text", told[0], "--text-file", tmp_path / "lines.txt", "--out",
              tmp_path / "a.npz")
     assert "already" not in call(*again).stdout, "another file's lines are other captions"
+    assert "already" in call(*again).stdout
     (tmp_path / "a.npz.jsonl").unlink()
     assert "already" not in call(*again).stdout and (tmp_path / "a.npz.jsonl").exists()
     warned = call("sample.py", "--run", captioned, "--num", "1", "--text", told[0], "--text", told[1], "--out", tmp_path / "c.npz")

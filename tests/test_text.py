@@ -201,7 +201,7 @@ def test_likelihood_beside_d(data, tmp_path, monkeypatch):
     refused("train.py", "--data", data, "--out", tmp_path / "r", "--likelihood-weight", "1", naming="--likelihood-weight")
 
 
-def test_texts_depend_on_seed_and_number_alone(run, tmp_path):
+def test_texts_depend_on_seed_and_number_alone(run, tmp_path, capsys):
     for name, more in (("a", ("--num", "100")), ("b", ("--num", "70")), ("c", ("--num", "70", "--seed", "1")),
                        ("cold", ("--num", "70", "--temperature", "0.01"))):
         call("sample.py", "--run", run, "--out", tmp_path / f"{name}.txt", "--device", "cpu", *more)
@@ -215,6 +215,7 @@ def test_texts_depend_on_seed_and_number_alone(run, tmp_path):
     refused("sample.py", "--run", run, "--temperature", "0", naming="--temperature")
     with pytest.raises(SystemExit, match="2"):
         sample.parse_args(["--run", str(run), "--export", "g.pt2", "--temperature", "2"])
+    assert "--temperature" in capsys.readouterr().err
 
 
 def test_bleu_and_the_other_figures(run, data, tmp_path):
