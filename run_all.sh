@@ -9,14 +9,14 @@
 #     bash run_all.sh                                 # drawn shapes and captions, about 17 minutes on 2 cores
 #     ROOT=faces.zip bash run_all.sh folder           # your images: a folder, .zip or .tar(.gz)
 #     bash run_all.sh mnist --epochs 10               # what follows the recipe goes to train.py
-#     ROOT=faces.zip sbatch --gres=gpu:8 run_all.sh anime64   # a job, on one or --nodes=2; requeued at its time limit
+#     ROOT=faces.zip sbatch --gres=gpu:8 run_all.sh anime64   # a job, one node or more, requeued at its limit
 #     */10 * * * * cd ~/gan && bash run_all.sh mnist >>cron.log 2>&1
 #     bash run_all.sh tests                           # set up and run the tests
-#     bash run_all.sh gpu-check                       # five minutes: does this GPU give what a CPU does, how fast
+#     bash run_all.sh gpu-check                       # five minutes: does this GPU do as a CPU does, how fast
 #
-# Environment: PYTHON (an interpreter that has the packages), ROOT (where the source's files are), CAPTIONS (their
-# captions' file), DATA and RUN (where the arrays and the run go). Exit status: 0 finished, 2 a mistake in the call, 75
-# interrupted or in use: call again, 1 anything else.
+# Environment: PYTHON (an interpreter that has the packages), ROOT (where the source's files are), CAPTIONS
+# (their captions' file), DATA and RUN (where the arrays and the run go). Status: 0 finished, 2 a mistake in
+# the call, 75 interrupted or in use: call again, 1 anything else.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 mistake() { echo "run_all.sh: $1" >&2; exit 2; }
@@ -33,7 +33,8 @@ prepare=() train=() count=2048 pictures=(--grid --interpolate 8) real=(--num-rea
 # what is common to the recipes for CPUs, and to those of Huang et al. 2024
 small=(--arch sngan --width 16 --width-d 16 --loss relativistic --r1 0.01 --r2 0.01 --penalty-interval 4
        --lr-g 2e-3:0 --lr-d 1e-3:0 --beta1 0 --beta2 0.99 --ema-images 20000)
-r3gan=(--arch resnet --blocks 2 --width-max 768 --latent-dim 64 --loss relativistic --beta1 0 --beta2 0.9:0.99)
+r3gan=(--arch resnet --blocks 2 --width-max 768 --latent-dim 64
+       --loss relativistic --beta1 0 --beta2 0.9:0.99)
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
                 train=("${small[@]}" --condition text --mismatch-weight 0.5 --detail 10 --batch-size 32
@@ -69,9 +70,9 @@ case $recipe in
                        --lr-g 2e-4:5e-5 --lr-d 2e-4:5e-5 --ema-images 0:500000 --diffaug 0:0.3 --burn-in 20e6)
                 count=50000 real=() ;;
     cifar10-r3) prepare=(cifar10 --size 32)
-                train=("${r3gan[@]}" --width 768 --batch-size 512 --epochs 5000 --flip --r1 0.05:0.005 --r2 0.05:0.005
-                       --lr-g 2e-4:5e-5 --lr-d 2e-4:5e-5 --ema-images 0:5e6 --diffaug 0:0.55 --burn-in 20e6
-                       --condition label)
+                train=("${r3gan[@]}" --width 768 --batch-size 512 --epochs 5000 --flip
+                       --r1 0.05:0.005 --r2 0.05:0.005 --lr-g 2e-4:5e-5 --lr-d 2e-4:5e-5
+                       --ema-images 0:5e6 --diffaug 0:0.55 --burn-in 20e6 --condition label)
                 count=50000 real=() ;;
     stacked-mnist-r3)
                 prepare=(stacked-mnist --size 32)
@@ -79,22 +80,24 @@ case $recipe in
                        --ema-images 0:500000 --burn-in 2e6)
                 count=25600 real=() ;;
     coco32)     prepare=(coco --size 32)
-                train=(--condition text --mismatch-weight 0.5 --batch-size 512 --epochs 100 --flip --log-every 50)
+                train=(--condition text --mismatch-weight 0.5 --batch-size 512 --epochs 100 --flip
+                       --log-every 50)
                 count=10000 real=() ;;
     coco64)     prepare=(coco --size 64)
-                train=(--condition text --mismatch-weight 0.5 --attention --cond-augment 1 --feature-matching 0.01
-                       --lr-g 2e-4:0 --lr-d 1e-4:0 --clip-grad 1 --schedule cosine-restarts --batch-size 128 --epochs 40
-                       --flip)
+                train=(--condition text --mismatch-weight 0.5 --attention --cond-augment 1
+                       --feature-matching 0.01 --lr-g 2e-4:0 --lr-d 1e-4:0 --clip-grad 1
+                       --schedule cosine-restarts --batch-size 128 --epochs 40 --flip)
                 count=10000 real=() ;;
     captions)   prepare=(text --level word)
-                train=(--arch seq --loss relativistic --width 64 --batch-size 64 --epochs 8 --pretrain-epochs 4
-                       --lr-g 1e-4 --lr-d 1e-4 --clip-grad 5 --temperature 2:1.7 --schedule linear)
+                train=(--arch seq --loss relativistic --width 64 --batch-size 64 --epochs 8
+                       --pretrain-epochs 4 --lr-g 1e-4 --lr-d 1e-4 --clip-grad 5
+                       --temperature 2:1.7 --schedule linear)
                 pictures=() real=() ;;
     folder)     prepare=(folder --size 64)
                 train=(--batch-size 64 --epochs 200 --flip --save-every 500) ;;
     tests | gpu-check) ;;
     -h | --help)
-                say "$(sed -n '/^# Prepare/,/^# interrupted/s/^# \{0,1\}//p' "$here/run_all.sh")"
+                say "$(sed -n '/^# Prepare/,/^set/s/^# \{0,1\}//p' "$here/run_all.sh")"
                 say $'\nRecipes: '"$(recipes)"
                 exit ;;
     -*)         mistake "$recipe comes after the recipe: bash run_all.sh shapes $recipe …" ;;
@@ -112,7 +115,8 @@ esac
 [ -z "${ROOT-}" ] || [ "${prepare[0]-}" != shapes ] ||
     mistake "ROOT is set, and $recipe draws its own images: did you mean ROOT=$ROOT bash run_all.sh folder?"
 case ${prepare[0]-} in folder | coco | '') ;; *)
-    [ -z "${CAPTIONS-}" ] || mistake "CAPTIONS is set, and $recipe takes none: unset it, or take folder or coco32" ;;
+    [ -z "${CAPTIONS-}" ] ||
+        mistake "CAPTIONS is set, and $recipe takes none: unset it, or take folder or coco32" ;;
 esac
 [ "$recipe" = captions ] && [ -z "${ROOT-}" ] && shapes=data/shapes || shapes=''
 [ -z "$shapes" ] || ROOT=$shapes/captions.jsonl
@@ -129,12 +133,15 @@ extra=''
 [ "$recipe" != tests ] || extra=pytest
 # The packages: in PYTHON, in the python3 at hand, or in .venv, which is made here.
 has='import importlib.metadata as m, importlib.util as u, sys
-sys.exit(any(u.find_spec(p) is None for p in "torch torchvision numpy PIL pytorch_fid tqdm matplotlib nltk '"$extra"'".split())
+packages = "torch torchvision numpy PIL pytorch_fid tqdm matplotlib nltk '"$extra"'".split()
+sys.exit(any(u.find_spec(p) is None for p in packages)
          or [int(n) for n in m.version("torch").split(".")[:2]] < [2, 10])'
 if [ -n "${PYTHON-}" ]; then
     python=$PYTHON
-    "$python" -c "$has" 2>/dev/null ||
-        mistake "PYTHON=$PYTHON cannot be run or lacks packages: $PYTHON -m pip install -r ${extra:+tests/}requirements.txt"
+    "$python" -c "$has" 2>/dev/null || {
+        install="$PYTHON -m pip install -r ${extra:+tests/}requirements.txt"
+        mistake "PYTHON=$PYTHON cannot be run or lacks packages: $install"
+    }
 elif cmp -s "$here/requirements.txt" "$here/.venv/complete"; then
     python=$here/.venv/bin/python
 elif python3 -c "$has" 2>/dev/null; then
@@ -192,7 +199,7 @@ stop() {
 }
 leave() {
     say "run_all.sh: interrupted by SIG$stopped; the same command goes on" >&2
-    # SIGUSR1 is the warning before the time limit that #SBATCH --signal asks for; after scancel nothing is to go on
+    # SIGUSR1 is the warning before the time limit, see #SBATCH --signal; after scancel nothing is to go on
     [ "$stopped" != USR1 ] || [ -z "${SLURM_JOB_ID-}" ] || scontrol requeue "$SLURM_JOB_ID" || true
     exit 75
 }
@@ -203,7 +210,10 @@ stage() {
     "$@" & child=$!
     [ -z "$stopped" ] || kill -"$notice" "$child" 2>/dev/null || true  # it came before there was a child
     wait "$child" || status=$?
-    while kill -0 "$child" 2>/dev/null; do status=0; wait "$child" || status=$?; done  # a trap ends wait early
+    while kill -0 "$child" 2>/dev/null; do  # a trap ends wait early
+        status=0
+        wait "$child" || status=$?
+    done
     child=''
     [ -z "$stopped" ] || leave
     case $status in 0 | 2 | 75) return "$status" ;; *) return 1 ;; esac
@@ -232,7 +242,8 @@ n, p = max(((n, p) for n in range(1, nodes + 1) for p in range(1, gpus + 1) if p
 print(n, p, n * p, nodes * gpus, run.args.batch_size, run.args.grad_accum)" "$@"
 read -r nodes processes all possible batch parts <<<"$said"
 [ "$all" = "$possible" ] ||
-    say "run_all.sh: $all processes of $possible possible: the most that divide --batch-size $batch (--grad-accum $parts)"
+    say "run_all.sh: $all processes of $possible possible: the most that divide" \
+        "--batch-size $batch (--grad-accum $parts)"
 launch=("$python")
 # torchrun turns every status into 1 and a page: here the first process to fail decides, and has said why
 torchrun=("$python" -c '
@@ -247,7 +258,8 @@ try:
 except SignalException:
     sys.exit(75)
 except RendezvousConnectionError:
-    sys.exit("run_all.sh: no connection to the torchrun of the first node: ended, or not found (docs/clusters.md)")
+    sys.exit("run_all.sh: no connection to the torchrun of the first node: "
+             "ended, or not found (docs/clusters.md)")
 except ChildFailedError as error:
     rank, first = error.get_first_failure()
     if first.exitcode < 0:
@@ -269,4 +281,4 @@ notice=TERM
 stage "$python" "$here/sample.py" --run "$run" --num "$count" ${pictures[@]+"${pictures[@]}"}
 stage "$python" "$here/evaluate.py" --run "$run" ${real[@]+"${real[@]}"}
 echo "$call" >"$run/done"
-stage "$python" "$here/evaluate.py" --compare "$(dirname "$run")" || true  # of other runs that are damaged it says so
+stage "$python" "$here/evaluate.py" --compare "$(dirname "$run")" || true  # it says what runs are damaged
