@@ -251,17 +251,18 @@ def open_images(option, path):
         fail(f"{option} {path}: no such folder, and not an .npz or .npy")
     try:
         loaded = np.load(path, mmap_mode="r")
-        if path.suffix == ".npz" and {"mu", "sigma"} <= {*loaded.files}:
+        archive = isinstance(loaded, np.lib.npyio.NpzFile)
+        if archive and {"mu", "sigma"} <= {*loaded.files}:
             mu, sigma = loaded["mu"], loaded["sigma"]
             finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
             if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not finite:
                 raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} should be (2048,) and (2048, 2048), "
                                  "all finite")
             return {"mu": mu, "sigma": sigma}
-        if path.suffix == ".npz":
+        if archive:
             loaded = loaded["images" if "images" in loaded else loaded.files[0]]
-    except (OSError, ValueError, zipfile.BadZipFile, IndexError, EOFError) as error:
-        fail(f"{option} {path}: cannot be read ({error})")
+    except Exception as error:  # strangers' files: anything
+        fail(f"{option} {path}: cannot be read ({in_a_line(error)})")
     if loaded.ndim != 4 or loaded.dtype != np.uint8 or loaded.shape[3] not in (1, 3) or len(loaded) < 2:
         fail(f"{option} {path}: {loaded.dtype} {loaded.shape} instead of uint8 (N, H, W, 1 or 3) with N > 1")
     return loaded
@@ -1375,8 +1376,8 @@ def score(args):
         if texts and getattr(args, name):
             fail(f"{flag(name)}: not for a run of texts")
     names = ["texts.txt"] if texts else ["images", "images.npz"]
-    samples = Path(args.images) if args.images else next(
-        (run / name for name in names if (run / name).exists()), None)
+    drawn = [run / name for name in names if (run / name).exists()] if run else []
+    samples = Path(args.images) if args.images else max(drawn, key=os.path.getmtime, default=None)
     if samples is None:
         fail(f"{run / names[0]} is not there: python sample.py --run {run} --num 2048")
     record = read_or_empty(run / "texts.json" if texts else f"{samples}.json")
@@ -1390,8 +1391,8 @@ def score(args):
 
     others = others_of(args, config, [(run / name).resolve() for name in names]) if run else {}
     if run:
-        drawn = record.get("step") if "images" not in others else None
-        metrics["warnings"] += training_warnings(read_status(run), config["steps"], drawn)
+        step = record.get("step") if "images" not in others else None
+        metrics["warnings"] += training_warnings(read_status(run), config["steps"], step)
     if record:
         metrics["samples"] = record
     metrics["seconds"] = round(time.perf_counter() - start, 1)

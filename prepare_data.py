@@ -149,6 +149,7 @@ def on_signals(handler, numbers=SIGNALS):
 
 def leave(number, frame=None):
     """End at a signal with a line and its status, so that `finally` runs."""
+    on_signals(signal.SIG_IGN)  # Ctrl-C reaches this process and its parent, which passes it on
     name, bar = os.path.basename(sys.argv[0]), "\n" * os.isatty(2)  # which stands in the line
     with contextlib.suppress(OSError):  # print() may be what was interrupted
         os.write(2, f"{bar}{name}: {signal.Signals(number).name}: what was half done is dropped\n".encode())
@@ -316,7 +317,10 @@ def partial_folder(path):
             shutil.rmtree(left, ignore_errors=True)
     partial = path.with_name(f"{own}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            fail(f"--out {path}: {error.strerror}", status_of(error))
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -383,7 +387,7 @@ class Trackers:
     A resumed run goes on in the same ones; what is logged again from `step` on replaces what was there.
     """
 
-    def __init__(self, names, folder, run_id, step, config=None):
+    def __init__(self, names, folder, run_id, step, config):
         self.tensorboard = self.wandb = None
         try:
             if "tensorboard" in names:
@@ -1131,7 +1135,11 @@ def read_picture(file, background="white", reduce=1):
         image.draft(None, [math.ceil(side / reduce) for side in image.size])
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
+        hidden, deep = image.info.get("transparency"), image
         image = gray_of(image)
+        image.info.pop("transparency", None)
+        if hidden is not None:  # the value of transparent pixels, which gray_of() changes
+            image.putalpha(Image.fromarray(np.uint8(255 * (np.asarray(deep) != hidden))))
     clear = image.convert("RGBA") if image.has_transparency_data else None
     mode, transform = colours_of(profile) if profile else (None, None)
     gray, inks = image.mode in ("1", "L", "LA"), image.mode == "CMYK"
@@ -1519,8 +1527,8 @@ def parse_args(argv=None):
     add("--classes", choices=["folders", "none"], needs="source folder", help="whether the first folders are "
         "classes (default: they are, unless more images lie beside them than the smallest class has)")
     add("--captions", metavar="FILE", needs=files, help="coco: captions_train2017.json or its like; folder: "
-        "a captions.jsonl, or none, or inside: captions.jsonl or .txt among the images (default: those, "
-        "where half of the images have them)")
+        "a captions.jsonl; inside: the captions.jsonl or .txt files among the images; none (default: inside, "
+        "where at least half of the images have one)")
     add("--max-words", type=within(1, kind=int), needs=f"{files} or shapes", help="words of a caption that "
         f"are kept (default: {MAX_WORDS})")
     add("--text-encoder", metavar="NAME", needs=f"{files} or shapes", help="a sentence-transformers model, "
@@ -1636,8 +1644,9 @@ def report(args, meta):
     for name in ("max_words", "text_encoder"):
         if getattr(args, name) and not meta["vocabulary"]:
             print(f"note: {flag(name)} has no effect: there are no captions")
-    if not text and meta["count"] < (args.num or 0):
-        print(f"note: {meta['count']:,} of the {args.num:,} that --num asks for")
+    found = meta["count"] + meta.get("held_out", 0)
+    if not text and found < (args.num or 0):
+        print(f"note: {found:,} of the {args.num:,} that --num asks for")
     if meta.get("rare"):
         print(f"{plural(meta['rare'], 'rarer word')} became <unk>: the vocabulary holds {MAX_VOCABULARY:,}")
     if text:

@@ -164,6 +164,20 @@ if [ "$recipe" = tests ]; then
     exec "$python" -m pytest tests "$@"
 fi
 
+# Signals go to the stage that runs: train.py saves and leaves, the others drop what is half done.
+child='' stopped='' notice=TERM
+stop() {
+    stopped=$1
+    [ -z "$child" ] || kill -"$notice" "$child" 2>/dev/null || true
+}
+leave() {
+    say "run_all.sh: interrupted by SIG$stopped; the same command goes on" >&2
+    # SIGUSR1 is the warning before the time limit, see #SBATCH --signal; after scancel nothing is to go on
+    [ "$stopped" != USR1 ] || [ -z "${SLURM_JOB_ID-}" ] || scontrol requeue "$SLURM_JOB_ID" || true
+    exit 75
+}
+for name in INT TERM USR1 HUP; do trap "stop $name" "$name"; done
+
 # What train.py says to these options, in $said; a mistake ends here, in one line.
 ask() {
     said=$("$python" -c "import sys
@@ -172,9 +186,11 @@ import torch, train
 sys.argv[0] = 'train.py'
 $1" "$here" --data "$data" --out "$run" "${train[@]}" -- "${@:2}" 2>&1) || {
         status=$?
+        [ -z "$stopped" ] || leave
         tail -n 1 <<<"$said" >&2
         exit "$status"
     }
+    [ -z "$stopped" ] || leave
     said=$(tail -n 1 <<<"$said")
 }
 ask 'train.parse_args()' "$@"  # before the data are prepared
@@ -191,19 +207,6 @@ except OSError as error: print("run_all.sh: no lock on this file system:", error
 }
 echo "run_all.sh, process $$ on $(uname -n) since $(date '+%Y-%m-%d %H:%M:%S')" >"$run/run_all.lock"
 
-# Signals go to the stage that runs: train.py saves and leaves, the others drop what is half done.
-child='' stopped='' notice=TERM
-stop() {
-    stopped=$1
-    [ -z "$child" ] || kill -"$notice" "$child" 2>/dev/null || true
-}
-leave() {
-    say "run_all.sh: interrupted by SIG$stopped; the same command goes on" >&2
-    # SIGUSR1 is the warning before the time limit, see #SBATCH --signal; after scancel nothing is to go on
-    [ "$stopped" != USR1 ] || [ -z "${SLURM_JOB_ID-}" ] || scontrol requeue "$SLURM_JOB_ID" || true
-    exit 75
-}
-for name in INT TERM USR1 HUP; do trap "stop $name" "$name"; done
 stage() {
     local status=0
     [ -z "$stopped" ] || leave
@@ -222,7 +225,10 @@ stage() {
 [ -z "$shapes" ] || stage "$python" "$here/prepare_data.py" shapes --size 32 --num 10000 --out "$shapes"
 stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
 [ "$recipe" = captions ] || {
-    have=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["count"])' "$data/meta.json")
+    have=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["count"])' "$data/meta.json") || {
+        [ -z "$stopped" ] || leave
+        exit 1
+    }
     [ "$have" != 1 ] || mistake "$data holds 1 image: the generated ones are scored against 2 or more"
     [ "$have" -ge 2048 ] || [ "${#real[@]}" = 0 ] || {
         say "run_all.sh: $data has $have images, not 2048: the generated ones are scored against these"

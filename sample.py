@@ -153,6 +153,8 @@ def in_plane(corners, x, y):
 
 def parse_labels(text, classes):
     """'red circle,3' -> [class numbers]; refuses what is not a class. Numbers that are names are names."""
+    if text in classes:  # its name may have commas
+        return [classes.index(text)]
     numbers, named = [], any(name.isdecimal() for name in classes)
     for word in (w.strip() for w in text.split(",")):
         if word in classes:
@@ -353,7 +355,7 @@ def write_images(out, blocks, written):
     if out.suffix == ".npz":
         buffer = io.BytesIO()
         np.savez(buffer, images=np.concatenate([pixels for _, pixels in blocks]))
-        return written.write(out, buffer.getvalue())
+        return written.write(out, buffer.getbuffer())
     with partial_folder(out) as partial:
         def write(name, pixels):
             data = encode(Image.fromarray(pixels.squeeze()), "PNG", compress_level=4)
@@ -386,7 +388,7 @@ def write_walk(written, still, moving, z, condition, draw):
 
 def write_film(run):
     """RUN/film.webp of the grids that train.py drew of the same latents, each with its step below."""
-    files = sorted((run / "grids").glob("step_*.png"))
+    files = sorted((run / "grids").glob(f"step_{'[0-9]' * 7}.png"))
     if len(files) < 2:
         fail(f"--film {run}: {plural(len(files), 'grid')} of images in {run / 'grids'}; train.py leaves one "
              f"every --grid-every steps")
@@ -596,8 +598,7 @@ def explored(args, saved, folder):
             numbers = parse_labels(args.labels, classes)
         elif len(classes) > ROWS:
             print(f"sample.py: the first {ROWS} of {len(classes)} classes; --labels takes others")
-        words = [str(i) if "," in classes[i] else classes[i] for i in numbers]
-        return [(classes[i], [f"--labels={word}"], torch.tensor([i])) for i, word in zip(numbers, words)]
+        return [(classes[i], [f"--labels={classes[i]}"], torch.tensor([i])) for i in numbers]
     if args.told:
         return [(told[0], [f"--text={told[0]}"], encode_texts([told], saved)) for told in args.told]
     conditions, note, _ = find_conditions(args, saved, folder)
@@ -623,8 +624,7 @@ def explore(args, generator, saved, folder, device):
             sheet = make_grid(pixels, PLANE).reduce(-(-side // 128))
             sheet = encode(sheet, "WEBP", lossless=side <= 32, quality=90)
             sheets.append(f"data:image/webp;base64,{base64.b64encode(sheet).decode()}")
-        command = ["python", "sample.py", "--run", args.run, "--seed", args.seed, *options, "--num", 1,
-                   "--out", folder / "point"]
+        command = ["python", "sample.py", "--run", args.run, "--seed", args.seed, *options, "--num", 1]
         rows.append({"name": name, "command": shlex.join(map(str, command)), "sheets": sheets})
     content = json.dumps({"side": PLANE, "levels": LEVELS, "rows": rows}).replace("<", "\\u003c")
     title = html.escape(f"What {folder.resolve().name} draws at step {saved['step']}")
@@ -667,8 +667,8 @@ def write_texts(args, generator, saved, folder, device):
 
 
 def find_out(args, folder):
-    """Where the images go: --out, or images in the run's folder."""
-    out = Path(args.out or folder / "images")
+    """Where the images go: --out, or into the run's folder, images or, of one point, point."""
+    out = Path(args.out or folder / ("point" if args.at else "images"))
     out = out.resolve() if out.is_symlink() else out  # which stays one
     odd = out.suffix.lower() in EXTENSIONS.union((".npy", ".txt", ".zip"))
     odd = odd or out.is_file() and out.suffix != ".npz"
@@ -693,7 +693,7 @@ def write_pictures(args, generator, saved, digest, folder, device):
     files = [out] if out.suffix == ".npz" else [out / f"{i:06d}.png" for i in range(args.num)]
     before = read_or_empty(record)
     done = before == request and all(map(written.holds, [*files, notes]))
-    prefix = f"{out.name.removesuffix('.npz')}-" if args.out else ""
+    prefix = f"{out.name.removesuffix('.npz')}-" if args.out or args.at else ""
     grid, captions, still, moving = (folder / (prefix + name) for name in (
         "grid.png", "captions.png", "interpolation.png", "interpolation.webp"))
     told = saved["model"]["condition"] in ("text", "vector")
@@ -720,13 +720,13 @@ def write_pictures(args, generator, saved, digest, folder, device):
         write_images(out, blocks(), written)
         written.write(notes, "".join(json.dumps({"image": i} | note(i)) + "\n" for i in range(args.num)))
         written.write(record, json.dumps(request, indent=1) + "\n")
-        fewer = f", instead of {before['num']}" if before.get("num", 0) > args.num else ""
-        print(f"{out}: {plural(args.num, 'image')} of step {saved['step']}{fewer}")
+        others = f", instead of {before['num']} others" if before and before != request else ""
+        print(f"{out}: {plural(args.num, 'image')} of step {saved['step']}{others}")
     if args.grid:
         pixels = draw(latents_of(range(args.grid)), conditions(range(args.grid)))
         columns = min(math.ceil(math.sqrt(args.grid)), 32)
         written.write(grid, encode(make_grid(pixels, columns), "PNG"))
-        print(f"{grid}: the first {args.grid} images")
+        print(f"{grid}: images 0 to {args.grid - 1}")
         if told:
             real = data.array("held_out_images" if args.held_out else "images") if data else None
             page = captioned([note(i) for i in range(min(args.grid, 32))], pixels[:32], real)

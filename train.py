@@ -26,6 +26,7 @@ from argparse import Namespace
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +103,8 @@ def parse_args(argv=None):
     add("--blocks", type=count, needs="--arch resnet", help="residual blocks a resolution (default: 2)")
     add("--extra-convs", type=within(0, 100, int), default=0, excludes="--arch resnet", help="more 3×3 "
         "convolutions a resolution of G")
-    add("--depth", type=count, help="doublings from first feature map to image (default: from 4 to 7 pixels)")
+    add("--depth", type=count, help="doublings from the first feature map to the image (default: as "
+        "many as leave the first 4 to 7 pixels wide)")
     add("--latent-dim", type=count, default=100, help="numbers in z")
     add("--norm-d", choices=["batch", "none"], excludes="--arch resnet", help="normalisation in D (default: "
         "none with --r1, --r2 or --gp, which take images one by one, else batch)")
@@ -112,7 +114,8 @@ def parse_args(argv=None):
     add("--attention", action="store_true", needs="--condition text", help="words attend to places in G")
     add("--cond-augment", type=weight, default=0.0, metavar="WEIGHT", needs="--condition label or text",
         help="G draws its condition from a normal distribution around it; weight of its divergence")
-    add("--grow", metavar="SIZES", excludes="--compile", help="sizes to grow through, as 16,32,64")
+    add("--grow", metavar="SIZES", excludes="--compile", help="sizes to grow through, the last that of "
+        "DATA: 16,32,64")
 
     add = parser.group("objective")
     add("--loss", choices=list(LOSSES), default="bce", help="bce: non-saturating cross-entropy on logits; "
@@ -124,7 +127,8 @@ def parse_args(argv=None):
         "steps of D, so many times as strong, which is cheaper")
     add("--gp", type=weight, metavar="WEIGHT", help="gradient penalty between real and fake (default: 10 "
         "with wgan-gp, else 0)")
-    add("--feature-matching", type=weight, default=0.0, metavar="WEIGHT", help="G matches D's mean features")
+    add("--feature-matching", type=weight, default=0.0, metavar="WEIGHT", help="G matches D's mean features, of "
+        "each part of --grad-accum")
     add("--mismatch-weight", type=within(0, 0.99), default=0.0, metavar="SHARE",
         needs="--condition label or text", help="share of D's loss that tells real images with their own "
         "condition from those with another's; 0.5 is GAN-CLS")
@@ -1162,8 +1166,9 @@ def loss_of_g(run, G, D, amounts, x, c, fake, dial=None):
             with torch.no_grad():
                 real_logits, real_features = D(seen(x, amounts), c, dial)
     loss = LOSSES[args.loss][1](fake_logits, real_logits)
-    if args.feature_matching:  # Salimans et al. 2016
-        loss = loss + args.feature_matching * (features.mean(0) - real_features.mean(0)).square().mean()
+    if args.feature_matching:  # Salimans et al. 2016, of the means over all processes
+        apart = run.sum((features.float() - real_features.float()).mean(0)) / run.world
+        loss = loss + args.feature_matching * apart.square().mean()
     if args.cond_augment:
         with run.autocast():
             loss = loss + args.cond_augment * G.divergence(c)
@@ -1729,6 +1734,8 @@ class Watch:
         """Make RUN/ fit the step to start from, and say what is about to run."""
         run, out = self.run, self.run.out
         run_id = path and read_or_empty(out / "config.json").get("run_id") or os.urandom(16).hex()
+        config = describe(run, state, run_id)
+        self.trackers = Trackers(run.args.tracker, out, run_id, state.step, config)  # or one line why not
         if not path:  # a fresh start leaves nothing of an earlier run
             keep = () if run.args.resume == "never" else ("generator.pt", "error.pt")
             for old in [*(out / name for name in WRITTEN if name not in keep), *out.glob("grids/step_*")]:
@@ -1742,13 +1749,11 @@ class Watch:
                 last = scored if log.stem == "fid" else state.step
                 lines = [line for line in read_lines(log) if line["step"] <= last]
                 write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
-        config = describe(run, state, run_id)
         write_json(out / "config.json", config)
         write_status(run, state, "running")
         if cores() < (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
             tqdm.write(f"note: {local} processes share {cores()} CPUs: each needs one or more, as by sbatch "
                        f"--cpus-per-task={2 * local}", file=sys.stderr)
-        self.trackers = Trackers(run.args.tracker, out, run_id, state.step, config)
         data, batch = run.data, run.args.batch_size
         classes = data.conditions is not None and data.conditions.ndim == 1
         order = np.argsort(data.conditions, kind="stable") if classes else np.arange(len(data.rows))
@@ -2053,6 +2058,8 @@ def make_run(args):
         fail(f"--batch-size {batch}: {args.data} has only {len(data.rows)} {data.unit}")
     if batch % (world * parts):
         fail(f"--batch-size {batch}: not divisible by {world} processes × {parts} (--grad-accum)")
+    if args.mismatch_weight and batch == world:
+        fail(f"--batch-size {batch}: --mismatch-weight needs two images or more in each of {world} processes")
     if args.fid_every and len(data.rows) < 2:
         fail(f"--fid-every: {args.data} has only one image, which has no covariance")
     model, amp = data.model(args), find_precision(args.amp, device)
@@ -2119,7 +2126,7 @@ def main():
     settle(args, run.device)
     if run.world > 1:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
-        run = replace(run, group=dist.new_group(backend="gloo"))
+        run = replace(run, group=dist.new_group(backend="gloo", timeout=timedelta(hours=4)))
     try:
         state = make_state(run)
     except (RuntimeError, MemoryError, OverflowError) as error:

@@ -455,6 +455,18 @@ def test_refusals(trained, tmp_path, capsys):
     assert "2.png: cannot be read as an image (cannot identify image file)" in capsys.readouterr().err
     np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 3)))
     refused("evaluate.py", "--images", tmp_path / "float.npz", "--reference", tmp_path, naming=["float.npz", "float64"])
+    with open(tmp_path / "one.npz", "wb") as file:
+        np.save(file, np.zeros((2, 8, 8, 3), np.uint8))
+    np.savez_compressed(tmp_path / "whole.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    damaged = bytearray((tmp_path / "whole.npz").read_bytes())
+    damaged[60:75] = bytes(15)
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    np.savez(tmp_path / "words.npz", mu=np.zeros(2048), sigma=np.array("x"))
+    assert len(evaluate.open_images("--images", tmp_path / "one.npz")) == 2
+    for name in ("damaged", "words"):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.open_images("--images", tmp_path / f"{name}.npz")
+        assert f"{name}.npz: cannot be read" in capsys.readouterr().err
 
 
 def test_statistics_and_counts_that_cannot_be_are_refused(shapes, tmp_path):

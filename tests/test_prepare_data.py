@@ -868,6 +868,10 @@ def test_pictures_of_floats_and_many_bits():
     assert np.array_equal(gray_pixels(Image.fromarray((ramp * 65535).round().astype(np.uint16))), expected)
     assert np.abs(gray_pixels(Image.fromarray(ramp * 2 - 1), tiffinfo={340: -1.0, 341: 1.0}) - expected).max() <= 1
     assert np.abs(gray_pixels(Image.fromarray((ramp * 1000).astype(np.int32)), tiffinfo={340: 0, 341: 1000}) - expected).max() <= 1
+    buffer = io.BytesIO()
+    Image.fromarray((ramp * 65535).round().astype(np.uint16)).save(buffer, "PNG", transparency=0)
+    with prepare_data.open_picture(buffer) as file:
+        assert np.array_equal(np.asarray(prepare_data.read_picture(file))[5, :, 0], np.where(ramp[5] > 0, expected, 255))
     dark = Image.fromarray(ramp / 100)
     assert gray_pixels(dark).max() == 3, "what is dark stays dark"
     assert gray_pixels(Image.fromarray(ramp), tiffinfo={262: 0})[0] == 255, "white is zero"

@@ -59,6 +59,21 @@ def test_interrupted_it_goes_on(tmp_path):
     assert subprocess.run([*command, "--lr-g", "1"], env=settings, capture_output=True).returncode == 2
 
 
+def test_ctrl_c_before_the_first_stage(tmp_path):
+    """While the options are checked, too: one line and 75."""
+    stub, begun = tmp_path / "python", tmp_path / "begun"
+    stub.write_text(f'#!/bin/sh\ncase "$*" in *parse_args*) touch "{begun}"; exec sleep 60;; esac\n')
+    stub.chmod(0o755)
+    process = subprocess.Popen(["bash", str(ROOT / "run_all.sh")], stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env=os.environ | environment(tmp_path) | {"PYTHON": str(stub)})
+    while not begun.exists():
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30)[1].splitlines() == [
+        "run_all.sh: interrupted by SIGINT; the same command goes on"]
+    assert process.returncode == 75
+
+
 def test_mistakes(tmp_path):
     for words, more, naming in ((["dragons"], {}, "dragons is not a recipe"), (["folder"], {}, "ROOT"),
                                 ([], {"ROOT": "many"}, "bash run_all.sh folder?"), (["mnist"], {"CAPTIONS": "x"}, "CAPTIONS"),

@@ -702,7 +702,7 @@ def test_no_import_within_a_function_hides_a_module():
 def test_the_result_does_not_hang_on_the_number_of_processes(processes, accumulate, shapes, tmp_path):
     """Normalised over the whole batch, in G and D; the same images and the same z in the same parts."""
     options = ("--data", shapes, "--batch-size", "16", "--grad-accum", accumulate, "--amp", "off", "--max-steps", "5", "--width", "4",
-               "--log-every", "1", "--device", "cpu")
+               "--log-every", "1", "--device", "cpu", "--feature-matching", "1")
     call("train.py", *options, "--out", tmp_path / "one")
     call(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", ROOT / "train.py", *options,
          "--out", tmp_path / "many", OMP_NUM_THREADS="1")

@@ -120,8 +120,18 @@ def test_missing_tracker_is_one_line(shapes, tmp_path):
     assert "pip install wandb" in done.stderr and len(done.stderr.splitlines()) == 1 and not (tmp_path / "r").exists()
 
 
+def test_tracker_that_fails_leaves_the_run(trained, shapes, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "tensorboard").touch()
+    kept = [path for path in run.rglob("*") if path.is_file() and path.name != "lock"]
+    before = [path.read_bytes() for path in kept]
+    refused("train.py", "--data", shapes, "--out", run, *TINY, "--resume", "never", "--tracker", "tensorboard", naming="--tracker")
+    assert [path.read_bytes() for path in kept] == before
+
+
 def test_film(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
+    shutil.copy(run / "grids" / "latest.png", run / "grids" / "step_0000002 (1).png")
     assert "6 grids" in call("sample.py", "--film", run).stdout
     film = Image.open(run / "film.webp")
     assert film.size == (512, 526)
