@@ -455,6 +455,11 @@ def test_refusals(trained, tmp_path, capsys):
     assert "2.png: cannot be read as an image (cannot identify image file)" in capsys.readouterr().err
     np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 3)))
     refused("evaluate.py", "--images", tmp_path / "float.npz", "--reference", tmp_path, naming=["float.npz", "float64"])
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "images").mkdir()
+    os.utime(run / "images", (0, 0))
+    shutil.copy(tmp_path / "float.npz", run / "images.npz")
+    refused("evaluate.py", "--run", run, naming=["images.npz", "float64"])  # the newer of the two
     with open(tmp_path / "one.npz", "wb") as file:
         np.save(file, np.zeros((2, 8, 8, 3), np.uint8))
     np.savez_compressed(tmp_path / "whole.npz", images=np.zeros((2, 8, 8, 3), np.uint8))

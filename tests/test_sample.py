@@ -159,6 +159,7 @@ def test_classes_are_drawn_as_often_as_they_are_there():
 
 def test_numbers_that_are_names():
     assert sample.parse_labels("10, 0", ["0", "1", "10"]) == [2, 0] and sample.parse_labels("1", ["a", "b"]) == [1]
+    assert sample.parse_labels("2,3", ["1", "2,3"]) == [1]
     with pytest.raises(SystemExit):  # the third class, or one that is not there
         sample.parse_labels("2", ["0", "1", "10"])
 
