@@ -775,16 +775,16 @@ def clip_score(model, name, conditions, fake):
 
 # ---- texts -----------------------------------------------------------------------------------------------
 
-def bleu(texts, references_of, orders=BLEU_ORDERS):
+def bleu(texts, references_of):
     """Mean BLEU-n of token lists, as Texygen has it (Zhu et al. 2018), by nltk: {n: value}.
 
     references_of: a function of a text's number to the token lists that it is held against.
     """
     prepare_data.need("nltk")
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-    weights, smooth = [[1 / n] * n for n in orders], SmoothingFunction().method1
+    weights, smooth = [[1 / n] * n for n in BLEU_ORDERS], SmoothingFunction().method1
     scores = [sentence_bleu(references_of(i), text, weights, smooth) for i, text in enumerate(texts)]
-    return dict(zip(orders, np.mean(scores, 0).tolist()))
+    return dict(zip(BLEU_ORDERS, np.mean(scores, 0).tolist()))
 
 
 def oracle_nll(path, tokens):
