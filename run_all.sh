@@ -40,7 +40,8 @@ case $recipe in
                 train=("${small[@]}" --condition text --mismatch-weight 0.5 --detail 10 --batch-size 32
                        --penalty-interval 8 --epochs 33) ;;
     captioned)  prepare=(folder --size 32 --holdout 0.05)
-                train=("${small[@]}" --condition text --mismatch-weight 0.5 --batch-size 32 --epochs 180) ;;
+                train=("${small[@]}" --condition text --mismatch-weight 0.5 --batch-size 32 --epochs 180
+                       --r1 0.3 --r2 0.3) ;;
     stacked-mnist)
                 prepare=(stacked-mnist --size 32)
                 train=("${small[@]}" --batch-size 64 --epochs 13)
