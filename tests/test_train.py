@@ -126,7 +126,7 @@ class Plane(torch.nn.Module):
 def losses(*options, condition=None, wrong=()):
     """(loss of D, loss of G) on a plane, with ones as real and minus ones as fakes."""
     args = train.parse_args(["--data", "-", "--out", "-", *options])
-    run = SimpleNamespace(args=args, autocast=contextlib.nullcontext)
+    run = SimpleNamespace(args=args, autocast=contextlib.nullcontext, world=1, sum=lambda tensor: tensor)
     amounts = {name: torch.tensor(getattr(args, name)) for name in ("r1", "r2") if getattr(args, name)}
     D, G = Plane(torch.full((3, 4, 4), 0.1)), SimpleNamespace(divergence=lambda c: torch.tensor(7.0))
     x, fake = torch.ones(2, 3, 4, 4), -torch.ones(2, 3, 4, 4)
