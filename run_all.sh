@@ -226,7 +226,8 @@ stage() {
 [ -z "$shapes" ] || stage "$python" "$here/prepare_data.py" shapes --size 32 --num 10000 --out "$shapes"
 stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
 [ "$recipe" = captions ] || {
-    have=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["count"])' "$data/meta.json") || {
+    count_of='import json, sys; print(json.load(open(sys.argv[1]))["count"])'
+    have=$("$python" -c "$count_of" "$data/meta.json") || {
         [ -z "$stopped" ] || leave
         exit 1
     }

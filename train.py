@@ -127,8 +127,8 @@ def parse_args(argv=None):
         "steps of D, so many times as strong, which is cheaper")
     add("--gp", type=weight, metavar="WEIGHT", help="gradient penalty between real and fake (default: 10 "
         "with wgan-gp, else 0)")
-    add("--feature-matching", type=weight, default=0.0, metavar="WEIGHT", help="G matches D's mean features, of "
-        "each part of --grad-accum")
+    add("--feature-matching", type=weight, default=0.0, metavar="WEIGHT", help="G matches D's mean "
+        "features, of each part of --grad-accum")
     add("--mismatch-weight", type=within(0, 0.99), default=0.0, metavar="SHARE",
         needs="--condition label or text", help="share of D's loss that tells real images with their own "
         "condition from those with another's; 0.5 is GAN-CLS")
@@ -2059,7 +2059,7 @@ def make_run(args):
     if batch % (world * parts):
         fail(f"--batch-size {batch}: not divisible by {world} processes × {parts} (--grad-accum)")
     if args.mismatch_weight and batch == world:
-        fail(f"--batch-size {batch}: --mismatch-weight needs two images or more in each of {world} processes")
+        fail(f"--batch-size {batch}: --mismatch-weight needs {2 * world}, two images for each process")
     if args.fid_every and len(data.rows) < 2:
         fail(f"--fid-every: {args.data} has only one image, which has no covariance")
     model, amp = data.model(args), find_precision(args.amp, device)

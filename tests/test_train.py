@@ -817,6 +817,7 @@ def test_refusals(shapes, trained, tmp_path, capsys):
     refused(*base, "--grow", "8,16", "--compile", naming=["--grow", "--compile"])
     refused(*base, "--attention", naming=["--attention", "--condition text"])
     refused(*base, "--mismatch-weight", "0.5", naming=["--mismatch-weight", "--condition"])
+    refused(*base, "--condition", "label", "--mismatch-weight", "0.5", "--batch-size", "1", naming=["--mismatch-weight", "two images"])
     refused(*base, "--arch", "resnet", "--spectral-norm", naming="--spectral-norm")
     refused(*base, "--fid-every", "1", naming="weights", XDG_CACHE_HOME=str(tmp_path), TORCH_HOME=str(tmp_path), PIP_NO_INDEX="1",
             http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
