@@ -317,10 +317,10 @@ def partial_folder(path):
             shutil.rmtree(left, ignore_errors=True)
     partial = path.with_name(f"{own}.{os.getpid()}.partial")
     try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            fail(f"--out {path}: {error.strerror}", status_of(error))
+        partial.mkdir(parents=True)
+    except OSError as error:
+        fail(f"--out {path}: {error.strerror}", status_of(error))
+    try:
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -1102,7 +1102,8 @@ def colours_of(profile):
 
 
 def gray_of(image):
-    """A picture of floats, 16 or 32 bits -> mode L by the range that it declares; else ValueError."""
+    """A picture of floats, 16 or 32 bits -> mode L, LA if it has a transparent value, by the range that it
+    declares; else ValueError."""
     tags, pixels = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.float32)
     bits, signed = tags.get(258, (16,))[0], tags.get(339, (1,))[0] == 2
     low, high = tags.get(340), tags.get(341)  # TIFF's own words for the range
@@ -1113,8 +1114,12 @@ def gray_of(image):
     low, high = (float(np.ravel(value)[0]) for value in (low, high))
     if not (low < high and ((low <= pixels) & (pixels <= high)).all()):  # NaN is nowhere
         raise ValueError(f"values from {pixels.min():g} to {pixels.max():g}, not {low:g} (black) to {high:g}")
+    opaque = pixels != image.info.get("transparency")
     pixels = ((pixels - low) * (255 / (high - low))).round().astype(np.uint8)
-    return Image.fromarray(255 - pixels if tags.get(262) == 0 else pixels)  # white is 0: left to us
+    gray = Image.fromarray(255 - pixels if tags.get(262) == 0 else pixels)  # white is 0: left to us
+    if not np.all(opaque):
+        gray.putalpha(Image.fromarray(np.uint8(255 * opaque)))
+    return gray
 
 
 def open_picture(file):
@@ -1135,11 +1140,7 @@ def read_picture(file, background="white", reduce=1):
         image.draft(None, [math.ceil(side / reduce) for side in image.size])
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
-        hidden, deep = image.info.get("transparency"), image
         image = gray_of(image)
-        image.info.pop("transparency", None)
-        if hidden is not None:  # the value of transparent pixels, which gray_of() changes
-            image.putalpha(Image.fromarray(np.uint8(255 * (np.asarray(deep) != hidden))))
     clear = image.convert("RGBA") if image.has_transparency_data else None
     mode, transform = colours_of(profile) if profile else (None, None)
     gray, inks = image.mode in ("1", "L", "LA"), image.mode == "CMYK"

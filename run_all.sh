@@ -181,18 +181,18 @@ for name in INT TERM USR1 HUP; do trap "stop $name" "$name"; done
 
 # What train.py says to these options, in $said; a mistake ends here, in one line.
 ask() {
+    local status=0
     said=$("$python" -c "import sys
 sys.path.insert(0, sys.argv.pop(1))
 import torch, train
 sys.argv[0] = 'train.py'
-$1" "$here" --data "$data" --out "$run" "${train[@]}" -- "${@:2}" 2>&1) || {
-        status=$?
-        [ -z "$stopped" ] || leave
-        tail -n 1 <<<"$said" >&2
-        exit "$status"
-    }
+$1" "$here" --data "$data" --out "$run" "${train[@]}" -- "${@:2}" 2>&1) || status=$?
     [ -z "$stopped" ] || leave
     said=$(tail -n 1 <<<"$said")
+    [ "$status" = 0 ] || {
+        echo "$said" >&2
+        exit "$status"
+    }
 }
 ask 'train.parse_args()' "$@"  # before the data are prepared
 

@@ -1167,7 +1167,7 @@ def loss_of_g(run, G, D, amounts, x, c, fake, dial=None):
                 real_logits, real_features = D(seen(x, amounts), c, dial)
     loss = LOSSES[args.loss][1](fake_logits, real_logits)
     if args.feature_matching:  # Salimans et al. 2016, of the means over all processes
-        apart = run.sum((features.float() - real_features.float()).mean(0)) / run.world
+        apart = run.sum((features.float() - real_features).mean(0)) / run.world
         loss = loss + args.feature_matching * apart.square().mean()
     if args.cond_augment:
         with run.autocast():
@@ -2126,6 +2126,7 @@ def main():
     settle(args, run.device)
     if run.world > 1:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
+        # where the others wait while the first scores: a FID of many images outlasts the usual half hour
         run = replace(run, group=dist.new_group(backend="gloo", timeout=timedelta(hours=4)))
     try:
         state = make_state(run)
