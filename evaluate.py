@@ -312,9 +312,11 @@ def inception_features(network, images, device, indices, folder=None, kind=None)
         for start in range(0, len(indices), PART):
             some, out = indices[start:start + PART], features[start:start + PART]
             file = folder and Path(folder, f"{digest_of(images, some, network.name)}.npy")
-            if file and find_kept(file, out):
-                bar.update(len(some))
-                continue
+            if file:
+                with contextlib.suppress(OSError, ValueError, EOFError):
+                    out[:] = np.load(file)
+                    bar.update(len(some))
+                    continue
             if kind and not said:
                 said = True
                 print(f"{len(indices)} {kind} images", flush=True)
@@ -324,15 +326,6 @@ def inception_features(network, images, device, indices, folder=None, kind=None)
             if file and not keep(file, out):
                 folder = None
     return features
-
-
-def find_kept(file, out):
-    """Read a .npy into an array; whether it was there and whole."""
-    try:
-        out[:] = np.load(file)
-        return True
-    except (OSError, ValueError, EOFError):
-        return False
 
 
 def keep(file, array):

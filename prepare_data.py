@@ -1151,11 +1151,7 @@ def read_picture(file, background="white", reduce=1):
             clear = image
     if clear:
         image = Image.alpha_composite(Image.new("RGBA", clear.size, background), clear)
-    return in_mode(image, "L" if image.mode in ("1", "L") else "RGB")
-
-
-def in_mode(image, mode):
-    return image if image.mode == mode else image.convert(mode)
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def to_pixels(image, size, channels, crop, background):
@@ -1166,7 +1162,7 @@ def to_pixels(image, size, channels, crop, background):
     side, before = min(*image.size, crop or sys.maxsize), max(image.size)
     image = read_picture(image, background, side / (2.75 * size))  # coarser shows beside a whole decoding
     side = max(1, round(side * max(image.size) / before))
-    image = in_mode(image, "L" if channels == 1 else "RGB")
+    image = image.convert("L" if channels == 1 else "RGB")
     left, top = (image.width - side) / 2, (image.height - side) / 2
     if image.size != (size, size) or side != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))

@@ -122,7 +122,7 @@ esac
 [ "$recipe" = captions ] && [ -z "${ROOT-}" ] && shapes=data/shapes || shapes=''
 [ -z "$shapes" ] || ROOT=$shapes/captions.jsonl
 [ -z "${ROOT-}" ] || prepare+=(--root "$ROOT")
-call="$recipe ${prepare[*]-} $*"
+call="$recipe $data ${prepare[*]-} ${train[*]-} $count ${real[*]-} $*"
 
 if [ -f "$run/generator.pt" ] && [ -f "$run/report.html" ] && [ "$run/done" -nt "$run/generator.pt" ] &&
     [ "$(cat "$run/done")" = "$call" ]; then
@@ -245,7 +245,8 @@ stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
 ask "run, nodes = train.make_run(train.parse_args()), ${SLURM_NNODES:-1}
 gpus = torch.cuda.device_count() if run.device.type == 'cuda' and ':' not in run.args.device else 1
 part = run.args.batch_size // run.args.grad_accum
-n, p = max(((n, p) for n in range(1, nodes + 1) for p in range(1, gpus + 1) if part % (n * p) == 0),
+n, p = max(((n, p) for n in range(1, nodes + 1) for p in range(1, gpus + 1)
+            if part % (n * p) == 0 and (run.args.batch_size > n * p or not run.args.mismatch_weight)),
            key=lambda pair: (pair[0] * pair[1], pair[1]))
 print(n, p, n * p, nodes * gpus, run.args.batch_size, run.args.grad_accum)" "$@"
 read -r nodes processes all possible batch parts <<<"$said"

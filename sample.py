@@ -362,7 +362,7 @@ def write_images(out, blocks, written):
             (partial / name).write_bytes(data)
             return written.line(out / name, data)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(prepare_data.cores()) as pool:
             waiting, lines = [], []
             for first, pixels in blocks:
                 lines += waiting  # a block behind: errors of the disk surface, memory stays bounded
@@ -465,7 +465,8 @@ def export(path, generator, saved):
     example, kind = inputs_of(drawing, model, 2, 5), model["condition"]
     axes = {"z": 1, "condition": 2 if kind == "text" else 1}  # how many of them are any length
     shapes = {name: {axis: torch.export.Dim.DYNAMIC for axis in range(axes[name])} for name in example}
-    about = json.dumps({"condition": kind, "size": model["sizes"][-1], "channels": model["channels"],
+    size = model["sizes"][math.ceil(saved["dial"])]
+    about = json.dumps({"condition": kind, "size": size, "channels": model["channels"],
                         "noise_dim": generator.noise_dim, "step": saved["step"],
                         **{name: saved[name] for name in ("classes", "vocabulary", "text_encoder")}})
     program = torch.export.export(drawing, (), example, dynamic_shapes=shapes)

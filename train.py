@@ -229,7 +229,7 @@ class Images:
     rows (N, H, W, C) uint8; conditions: None, labels (N,), captions (N, K, L) of token ids, or their
     embeddings (N, K, n).
     """
-    unit, dial_is = "images", "size drawn"  # see Generator
+    unit = "images"
     key = "size"  # what the meta.json of this kind alone has
     defaults, lead_in = {}, 0  # of options; steps before all that is START:END sets out
 
@@ -287,7 +287,7 @@ class Images:
     def dial(self, run, step):
         """Which size is drawn: an equal share of the steps each, of which the first half fades it in."""
         sizes = run.model["sizes"]
-        place = step / max(run.schedule_steps, 1) * len(sizes)
+        place = step / run.schedule_steps * len(sizes)
         size = min(int(place), len(sizes) - 1)
         return size + min(2 * (place - size), 1) - 1 if size else 0
 
@@ -328,7 +328,7 @@ class Images:
 
 def default_depth(size):
     """How often an image's side is halved: until 7 pixels or fewer are left, or an odd number."""
-    return next(depth for depth in range(size) if size >> depth <= 7 or (size >> depth) % 2)
+    return next(depth for depth in range(1, size + 1) if size >> depth <= 7 or (size >> depth) % 2)
 
 
 def batches(run, start):
@@ -903,7 +903,7 @@ class ResnetDiscriminator(Discriminator):
 
 class Texts:
     """DATA of texts, used as Images is: rows (N, L) of token ids, 0 = padding. The dial is a temperature."""
-    unit, dial_is, key = "texts", "temperature", "length"
+    unit, key = "texts", "length"
     conditions, steady, defaults = None, False, {"temperature": "2.0:0.5"}
 
     @staticmethod
@@ -1218,9 +1218,10 @@ class Player(Saved):
         self.losses = []  # of the step under way
 
     def load_state_dict(self, tree):
-        group, = self.optimizer.state_dict()["param_groups"]
-        super().load_state_dict(tree)
-        self.optimizer.param_groups[0].update(group, params=self.params, lr=self.lr)  # as this device has it
+        # how the optimiser computes, and so where it counts, is this device's matter
+        groups = self.optimizer.state_dict()["param_groups"]
+        super().load_state_dict(tree | {"optimizer": tree["optimizer"] | {"param_groups": groups}})
+        self.optimizer.param_groups[0]["lr"] = self.lr
 
     def backward(self, loss, parts):
         """Add the gradient of a loss, of one of so many parts of the batch."""
@@ -1720,6 +1721,8 @@ class Watch:
             fail(f"--out {run.out}: {error.strerror}")
         try:
             saved, path = find_checkpoint(run)
+            if saved and saved["best"] and not self.holds(saved["best"]):
+                saved["best"] = None
             ours = "run_id" in read_or_empty(run.out / "config.json") or path and path.parent == run.out
             if not ours and (there := [name for name in WRITTEN if (run.out / name).exists()]):
                 fail(f"--out {run.out} holds {there[0]}, which is of no run of train.py: choose another "
@@ -1729,6 +1732,13 @@ class Watch:
             for place in made:
                 place.rmdir() if place.is_dir() else place.unlink()
             raise
+
+    def holds(self, best):
+        """Whether RUN/best.pt is the generator that a checkpoint counts as the best."""
+        try:
+            return load_file(self.run.out / "best.pt").get("step") == best["step"]
+        except (OSError, ValueError):
+            return False
 
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""
@@ -1745,7 +1755,7 @@ class Watch:
                 left.unlink()
         for log in (out / "log.jsonl", out / "fid.jsonl"):
             if log.exists():  # what came after this step is about to be trained again
-                scored = state.best["last"] if state.best else 0
+                scored = state.best["last"] if state.best else state.step - 1
                 last = scored if log.stem == "fid" else state.step
                 lines = [line for line in read_lines(log) if line["step"] <= last]
                 write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
@@ -1792,7 +1802,7 @@ class Watch:
         rate, goal = batch * len(ms) / (ended - self.logged), self.goal(state.step)
         line = {"step": state.step, "epoch": round(epoch, 4), "images": state.step * batch,
                 **means, "lr_g": now.lr_g, "lr_d": now.lr_d,
-                "temperature": now.turn.dial if run.data.dial_is == "temperature" else None,
+                "temperature": now.turn.dial if run.data.unit == "texts" else None,
                 "ms_per_step": sum(ms) / len(ms), "ms_min": min(ms), "ms_max": max(ms),
                 "images_per_second": rate}
         self.times, self.logged = [], ended
@@ -1813,7 +1823,8 @@ class Watch:
         """Say in words, once each, what the last epoch's lines show; status.json keeps it."""
         args, epoch, lines = self.run.args, self.run.steps_per_epoch, self.recent + [line]
         self.recent = [x for x in lines if x["step"] > state.step - epoch or x in lines[-3:]]
-        if state.step - self.first_step < max(epoch, 200):  # the first steps of any run look bad
+        first = max(self.first_step, self.run.data.lead_in)
+        if state.step - first < max(epoch, 200):  # the first steps of any run look bad
             return
 
         def mean(*names):
@@ -1977,10 +1988,10 @@ def log_interval(run, state, watch):
     watch.log(state, means | {f"skipped_{name}": int(count) for name, (count, _, _) in skips.items()})
     row, name = max((longest, name) for name, (_, _, longest) in skips.items())
     if row >= run.args.max_skips:
-        amp = "off" if run.amp == "bf16" else "bf16 or off"
+        amp = {"off": "", "bf16": " or --amp off", "fp16": " or --amp bf16 or off"}[run.amp]
         raise FloatingPointError(
             f"{int(row)} updates of {name.upper()} in a row were not finite at step {state.step}: try a "
-            f"smaller --lr-{name}, --clip-grad 1 or --amp {amp}, in another --out or --resume never")
+            f"smaller --lr-{name} or --clip-grad 1{amp}, in another --out or --resume never")
 
 
 def over(run, state):

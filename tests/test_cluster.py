@@ -203,11 +203,12 @@ def test_as_many_processes_as_divide_the_batch(shapes, tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     settings = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": f"{tmp_path}/bin/python", "DATA": str(shapes),
                 "RUN": str(tmp_path / "run"), "SLURM_NNODES": "3", "SLURM_JOB_ID": "31234"}
-    for batch, parts, nodes in ((64, 1, 2), (63, 1, 3), (126, 2, 3), (63, 9, 1), (65, 1, 1)):
+    for batch, parts, nodes, *more in ((64, 1, 2), (63, 1, 3), (126, 2, 3), (63, 9, 1), (65, 1, 1),
+                                       (3, 1, 1, "--condition", "label", "--mismatch-weight", "0.5")):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         (tmp_path / "srun").unlink(missing_ok=True)
         said = call("bash", ROOT / "run_all.sh", "shapes", *OPTIONS, "--max-steps", "1", "--batch-size", str(batch), "--grad-accum",
-                    str(parts), **settings).stdout
+                    str(parts), *more, **settings).stdout
         assert (f"{nodes} processes of 3 possible" in said) == (nodes < 3)
         if nodes > 1:
             called = (tmp_path / "srun").read_text()

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import json
 import math
 import os
@@ -724,6 +725,11 @@ def test_fid_while_training(weights, shapes, tmp_path):
     assert all(line["n_generated"] == line["n_real"] == 20 and line["seconds"] > 0 for line in lines)
     best = min(lines, key=lambda line: line["fid"])
     assert train.load_file(tmp_path / "run" / "best.pt")["step"] == best["step"]
+    # another run that goes on from it has a best of its own, from the step that it starts at
+    call("train.py", *options, "--epochs", "4", "--out", tmp_path / "other", "--resume", tmp_path / "run" / "checkpoint.pt")
+    scored = {line["step"]: line["fid"] for line in map(json.loads, (tmp_path / "other" / "fid.jsonl").read_text().splitlines())}
+    assert list(scored) == [48, 64] and scored[48] == lines[-1]["fid"]
+    assert scored[train.load_file(tmp_path / "other" / "best.pt")["step"]] == min(scored.values())
     # an untrainable generator: no FID is better than the first
     still = ("--data", shapes, "--out", tmp_path / "still", *TINY, "--fid-every", "1", "--fid-num", "4", "--lr-g", "0",
              "--ema", "0", "--epochs", "9", "--patience", "1")
@@ -769,8 +775,9 @@ def test_time_left_is_of_what_is_alike(tmp_path):
     assert lines == [True] * 4 + [False] * 6, done.stdout
 
 
-def diagnosed(tmp_path, *options, epochs=2, **values):
+def diagnosed(tmp_path, *options, epochs=2, lead_in=-200, **values):
     t = trainer(tmp_path, *options)
+    t.run.data.lead_in = lead_in
     watch = train.Watch(t.run)
     watch.first_step = -200
     for t.state.step in range(1, 4 * epochs + 1):  # 4 steps an epoch
@@ -787,6 +794,7 @@ def test_diagnosis_in_words_once_each(tmp_path, capsys):
     assert list(diagnosed(tmp_path, "--loss", "relativistic", acc_real=0.5, acc_fake=0.52)) == []
     assert list(diagnosed(tmp_path, loss_g=0.7)) == ["no motion"]
     assert list(diagnosed(tmp_path, diversity=0.1)) == ["collapse"]
+    assert list(diagnosed(tmp_path, diversity=0.1, lead_in=4)) == []  # D's first steps, as of any run
     assert list(diagnosed(tmp_path, "--clip-grad", "1", clipped_d=1.0)) == ["clipped"]
 
 
@@ -812,6 +820,12 @@ def test_refusals(shapes, trained, tmp_path, capsys):
             train.parse_args(["--data", "-", "--out", "-", option, value])
         assert option in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
     refused(*base, "--depth", "5", naming="--depth")
+    t = trainer(tmp_path)
+    for size in (1, 2, 3, 7, 9, 15):
+        t.run.data.meta = t.run.data.meta | {"size": size}
+        with pytest.raises(SystemExit, match="2"):
+            t.run.data.model(t.run.args)
+        assert f"{size} pixels halved" in capsys.readouterr().err
     refused(*base, "--lr-g", "1e-3:0", "--epochs", "2", "--burn-in", "513", naming=["--burn-in 513", "512 images", "--epochs"])
     refused(*base, "--grow", "12,16", naming="--grow")
     refused(*base, "--grow", "8,16", "--compile", naming=["--grow", "--compile"])
@@ -983,6 +997,19 @@ def test_a_resumed_optimiser_keeps_what_is_of_its_device(tmp_path):
     t.state.load_state_dict(tree)
     group, = t.state.G.optimizer.param_groups
     assert group["capturable"] is False and group["lr"] is t.state.G.lr and group["params"] == t.state.G.params
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_an_optimiser_of_a_cpu_goes_on_counting_on_the_device(tmp_path, optimizer):
+    """A captured step counts on the GPU, which the meta device stands for here, wherever the run came from."""
+    t = steps_of(trainer(tmp_path, "--optimizer", optimizer), 1)
+    player = copy.copy(t.state.G)
+    weights = copy.deepcopy(player.net).to("meta").parameters()
+    player.net = SimpleNamespace(load_state_dict=lambda values: None)
+    player.optimizer = train.OPTIMIZERS[optimizer](weights, player.lr, (0.5, 0.9), fused=True, capturable=True)
+    player.load_state_dict(t.state.G.state_dict())
+    assert player.optimizer.param_groups[0]["capturable"] and player.optimizer.param_groups[0]["lr"] is player.lr
+    assert {s["step"].device.type for s in player.optimizer.state.values()} == {"meta"}
 
 
 def test_killed_in_its_last_fid_a_run_is_scored_when_called_again(weights, shapes, tmp_path):
