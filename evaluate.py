@@ -44,9 +44,10 @@ from pytorch_fid import inception as fid_inception
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from prepare_data import (LATER, Data, Parser, fail, find_device, flag, in_a_line, leave, load_text_encoder,
-                          on_signals, plural, read_json, read_lines, read_or_empty, read_picture, status_of,
-                          steady_output, whole_file, why_left, why_unread, within, write_json, write_text)
+from prepare_data import (LATER, Data, Parser, fail, find_device, flag, in_a_line, keep_memory, leave,
+                          load_text_encoder, on_signals, plural, read_json, read_lines, read_or_empty,
+                          read_picture, status_of, steady_output, whole_file, why_left, why_unread, within,
+                          write_json, write_text)
 
 BATCH = 32  # images a pass of Inception
 PART = 512  # images whose features are kept as one file: a killed call goes on from these
@@ -1412,6 +1413,7 @@ def score(args):
 
 def main():
     steady_output()
+    keep_memory()
     args = parse_args()
     on_signals(leave)
     try:

@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
-from prepare_data import (EXTENSIONS, Data, Parser, fail, find_device, flag, leave, lines_of,
+from prepare_data import (EXTENSIONS, Data, Parser, fail, find_device, flag, keep_memory, leave, lines_of,
                           load_text_encoder, on_signals, partial_folder, plural, read_json, read_or_empty,
                           status_of, steady_output, text_of, whole_file, within, words_of, write_text)
 from train import latents, load_generator, make_grid, to_pixels, to_texts
@@ -740,6 +740,7 @@ def write_pictures(args, generator, saved, digest, folder, device):
 
 def main():
     steady_output()
+    keep_memory()
     args = parse_args()
     on_signals(leave)
     try:

@@ -42,8 +42,8 @@ from torch import nn
 from tqdm import tqdm
 
 from prepare_data import (LATER, TRY_AGAIN, Data, Parser, Trackers, cores, fail, find_device, flag, in_a_line,
-                          lock, on_signals, read_lines, read_or_empty, status_of, steady_output, whole_file,
-                          within, write_json, write_text)
+                          keep_memory, lock, on_signals, read_lines, read_or_empty, status_of, steady_output,
+                          whole_file, within, write_json, write_text)
 
 EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
@@ -354,8 +354,8 @@ def batches(run, start):
         return batch, condition_of(conditions, index, draws, run.device)
 
     # a thread starts on GPU 0, where another process's memory would be taken
-    settle = (torch.cuda.set_device, (run.device,)) if run.device.type == "cuda" else (None, ())
-    with ThreadPoolExecutor(1, "batches", *settle) as thread:
+    begin = (torch.cuda.set_device, (run.device,)) if run.device.type == "cuda" else (None, ())
+    with ThreadPoolExecutor(1, "batches", *begin) as thread:
         ahead = thread.submit(gather, start)
         for step in range(start, run.total):
             batch, ahead = ahead.result(), thread.submit(gather, step + 1)
@@ -2130,6 +2130,7 @@ def out_of_memory(error):
 
 def main():
     steady_output()
+    keep_memory()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # where torchrun is killed, Linux tells its processes
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     run = make_run(parse_args())

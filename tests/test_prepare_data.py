@@ -1,8 +1,10 @@
 """prepare_data.py: any picture in, uint8 arrays out, and nothing else on the disk."""
 
+import ctypes
 import errno
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -922,7 +924,7 @@ def test_a_jpeg_is_reduced_like_a_png():
             image.save(buffer, kind, **options)
             for crop in (None, 190):
                 with prepare_data.open_picture(buffer) as file:
-                    pixels.append(prepare_data.to_pixels(file, 64, 3, crop, "white").astype(int))
+                    pixels.append(prepare_data.square_pixels(file, 64, 3, crop, "white").astype(int))
         assert np.abs(pixels[0] - pixels[2]).mean() < 1 and np.abs(pixels[1] - pixels[3]).mean() < 1
 
 
@@ -982,3 +984,13 @@ def test_no_tracebacks(tmp_path):
     done = call("bash", "-c", f"{sys.executable} {ROOT}/prepare_data.py shapes --num 4 --size 8 --out {tmp_path}/y | true; "
                 "echo ${PIPESTATUS[0]}")
     assert done.stdout.split()[-1] == "0" and not done.stderr and (tmp_path / "y" / "meta.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc's memory")
+@pytest.mark.parametrize("first, low, high", [("pass", 100_000, math.inf), ("prepare_data.keep_memory()", 0, 40_000)])
+def test_freed_memory_is_kept(first, low, high):
+    """Fifty arrays of 64 MiB, one after the other: without it each is 16,384 pages of 4 KiB asked of the system."""
+    code = (f"import prepare_data, numpy, resource; {first}\nfor _ in range(50): numpy.empty(2 ** 26, numpy.uint8)[::4096] = 1\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)")
+    faults = int(call(sys.executable, "-c", code, cwd=ROOT, NUMPY_MADVISE_HUGEPAGE="0").stdout)
+    assert low < faults < high
