@@ -44,10 +44,10 @@ from pytorch_fid import inception as fid_inception
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from prepare_data import (LATER, Data, Parser, fail, find_device, flag, in_a_line, keep_memory, leave,
-                          load_text_encoder, on_signals, plural, read_json, read_lines, read_or_empty,
-                          read_picture, status_of, steady_output, whole_file, why_left, why_unread, within,
-                          write_json, write_text)
+from prepare_data import (LATER, Data, Parser, check_writable, fail, find_device, flag, in_a_line,
+                          keep_memory, leave, load_text_encoder, on_signals, plural, read_json, read_lines,
+                          read_or_empty, read_picture, status_of, steady_output, whole_file, why_left,
+                          why_unread, within, write_json, write_text)
 
 BATCH = 32  # images a pass of Inception
 PART = 512  # images whose features are kept as one file: a killed call goes on from these
@@ -1161,9 +1161,9 @@ def unusual(values, usual):
 def compare(paths, out):
     """One table of runs, in OUT.md, OUT.csv and OUT.html: what differs between them, and how each ended."""
     runs, curves = [], {}
-    folders = [file.parent for path in paths
-               for file in sorted([*Path(path).glob("config.json"), *Path(path).glob("*/config.json")])]
-    for folder in dict.fromkeys(folders):  # once each, however often it is named
+    found = {path: sorted([*Path(path).glob("config.json"), *Path(path).glob("*/config.json")])
+             for path in paths}
+    for folder in dict.fromkeys(file.parent for files in found.values() for file in files):  # once each
         try:
             curve, run = fid_by_minute(folder), read_run(folder)
             curves |= {str(folder): curve} if curve else {}
@@ -1173,6 +1173,9 @@ def compare(paths, out):
             print(f"note: {folder} is left out, {reason}", file=sys.stderr)
     if not runs:
         fail(f"--compare {' '.join(paths)}: no run of train.py here (a folder with config.json)")
+    for path in found:
+        if not found[path] and not Path(path).is_file():  # as of runs/*, which holds comparison.md too
+            print(f"note: {path} is left out, no run of train.py", file=sys.stderr)
     usual = usual_values([options for options, _ in runs])
     taken_as = [(row["against"], taken) for _, found in runs for taken, row in found if taken]
     common = Counter(against for against, _ in taken_as).most_common(1)
@@ -1337,15 +1340,18 @@ def score_images(args, images, run, config, record):
     return found | {"warnings": warned}, galleries
 
 
-def training_warnings(status, total, drawn):
-    """Of a run at status["step"] of so many steps, with samples drawn at a step: what may surprise."""
+def training_warnings(status, total, drawn, replaced):
+    """Of a run at status["step"] of so many steps: what may surprise of samples drawn at a step.
+
+    replaced: whether generator.pt is another than drew them.
+    """
     step, warned = status["step"], []
     if step is not None and status["state"] != "finished":
         state = "still running, or killed" if status["state"] == "running" else status["state"]
         warned.append(f"training is at step {step} of {total} ({state}): the same train.py command goes on")
-    if step is not None and drawn is not None and drawn < step:
-        warned.append(f"drawn from the generator of step {drawn}; training is at step {step}: call sample.py "
-                      "again, unless that is the one you mean")
+    if step is not None and drawn is not None and (replaced or drawn < step):
+        warned.append(f"drawn from an earlier generator, of step {drawn}; training is at step {step}: call "
+                      "sample.py again, unless that is the one you mean")
     return warned
 
 
@@ -1375,6 +1381,12 @@ def score(args):
     if samples is None:
         fail(f"{run / names[0]} is not there: python sample.py --run {run} --num 2048")
     record = read_or_empty(run / "texts.json" if texts else f"{samples}.json")
+    others = others_of(args, config, [(run / name).resolve() for name in names]) if run else {}
+    suffix = "".join("-" + re.sub(r"[^\w.-]", "_", Path(path).resolve().name) for path in others.values())
+    target = args.out or (run / f"metrics{suffix}.json" if run else None)
+    for option, path in (("--out", args.out and Path(args.out).parent), ("--run", run)):
+        if path:
+            check_writable(option, path)
     if texts:
         data = Data(args.data or config["options"]["data"])
         if data.meta["fingerprint"] != config["data"]["fingerprint"]:
@@ -1383,16 +1395,15 @@ def score(args):
     else:
         metrics, galleries = score_images(args, samples, run, config, record)
 
-    others = others_of(args, config, [(run / name).resolve() for name in names]) if run else {}
     if run:
         step = record.get("step") if "images" not in others else None
-        metrics["warnings"] += training_warnings(read_status(run), config["steps"], step)
+        drew, path = record.get("generator"), run / "generator.pt"
+        replaced = bool(drew) and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != drew
+        metrics["warnings"] += training_warnings(read_status(run), config["steps"], step, replaced)
     if record:
         metrics["samples"] = record
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     metrics |= others
-    suffix = "".join("-" + re.sub(r"[^\w.-]", "_", Path(path).resolve().name) for path in others.values())
-    target = args.out or (run / f"metrics{suffix}.json" if run else None)
     if target:
         write_json(target, metrics)
     for name, value, n_generated, n_real, protocol in figure_rows(metrics):

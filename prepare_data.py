@@ -36,6 +36,7 @@ import socket
 import stat
 import sys
 import tarfile
+import tempfile
 import time
 import unicodedata
 import warnings
@@ -164,6 +165,14 @@ def leave(number, frame=None):
     with contextlib.suppress(OSError):  # print() may be what was interrupted
         os.write(2, f"{bar}{name}: {signal.Signals(number).name}: what was half done is dropped\n".encode())
     sys.exit(128 + number)
+
+
+def check_writable(option, folder):
+    """One line where a folder takes no file, before the work whose results it is to hold."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        fail(f"{option} {folder}: {error.strerror}", status_of(error))
 
 
 def status_of(error):
@@ -521,13 +530,19 @@ def load_torchvision(name, root):
     """One of torchvision's sets, read from the folder root or downloaded to it."""
     need("torchvision")
     from torchvision import datasets
-    dataset_class = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
-                     "cifar10": datasets.CIFAR10, "celeba": datasets.CelebA}[name]
+    dataset_class, place = {
+        "mnist": (datasets.MNIST, "MNIST/raw"), "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST/raw"),
+        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"), "celeba": (datasets.CelebA, "celeba")}[name]
     options = {"split": "all", "target_type": []} if name == "celeba" else {}
+    place = Path(root, place)
+    missing_folders = [folder for folder in (place, place.parent, *place.parents) if not folder.exists()]
     try:
         return dataset_class(root, download=True, **options)  # unless it is there
     except Exception as error:  # each mirror fails in its own way
-        fail(f"{name} is neither under --root {root} nor downloadable ({in_a_line(error)})")
+        for folder in missing_folders:
+            with contextlib.suppress(OSError):  # not there, or holds what was downloaded
+                folder.rmdir()
+        fail(f"{name} is neither in {place} (--root {root}) nor downloadable ({in_a_line(error)})")
 
 
 def stacked_source(args):
@@ -1523,7 +1538,7 @@ def parse_args(argv=None):
     add("--seed", type=within(0, kind=int), default=0, help="which shapes or digits are drawn, "
         "which texts or images are held out")
     add = parser.group("images", excludes=["source text"])
-    add("--size", type=within(1, kind=int), help="side of the images made, pixels (default: 32 for "
+    add("--size", type=within(1, 4096, int), help="side of the images made, pixels (default: 32 for "
         "stacked-mnist, else 64)")
     add("--channels", type=int, choices=[1, 3], excludes="source stacked-mnist", help="1 gray, 3 RGB "
         "(default: 1 for mnist and fashion-mnist, else 3)")

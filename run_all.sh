@@ -29,6 +29,11 @@ recipes() { sed -n 's/^    \([a-z0-9-]*\)).*/\1/p' "$here/run_all.sh" | xargs; }
 
 recipe=${1:-shapes}
 shift || true
+for option in "$@"; do
+    case $option in --data | --data=* | --out | --out=*)
+        mistake "$option: all its steps take these folders from DATA= and RUN= before the command" ;;
+    esac
+done
 prepare=() train=() count=2048 pictures=(--grid --interpolate 8) real=(--num-real 2048)
 # what is common to the recipes for CPUs, and to those of Huang et al. 2024
 small=(--arch sngan --width 16 --width-d 16 --loss relativistic --r1 0.01 --r2 0.01 --penalty-interval 4
@@ -50,7 +55,7 @@ case $recipe in
                 train=(--batch-size 64 --epochs 25) ;;
     fashion-mnist)
                 prepare=(fashion-mnist --size 32)
-                train=("${small[@]}" --batch-size 32 --penalty-interval 8 --epochs 5) ;;
+                train=("${small[@]}" --batch-size 32 --penalty-interval 8 --epochs 5 --r1 0.1 --r2 0.1) ;;
     mnist-128)  prepare=(mnist --size 28)
                 train=(--batch-size 128 --epochs 25) ;;
     anime64)    prepare=(folder --size 64)
@@ -196,7 +201,7 @@ $1" "$here" --data "$data" --out "$run" "${train[@]}" -- "${@:2}" 2>&1) || statu
 }
 ask 'train.parse_args()' "$@"  # before the data are prepared
 
-mkdir -p "$run"
+{ mkdir -p "$run" && [ -w "$run" ]; } 2>/dev/null || mistake "RUN=$run cannot be made or written to"
 exec 9>>"$run/run_all.lock"
 "$python" -c '
 import fcntl, sys

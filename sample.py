@@ -67,7 +67,7 @@ def parse_args(argv=None):
         f"the first {ROWS}), at several truncations")
     add = parser.group("images", needs=["--run"])
     add("--num", type=within(0, 10 ** 8, int), help="how many images (default: a caption each, where they "
-        "are named, else 64)")
+        "are named, one with --at, else 64)")
     add("--seed", type=within(0, 2 ** 63, int), default=0, help="which images")
     add("--labels", help="classes to draw in turn, by name or number, separated by commas (default: as often "
         "as in the training data)")
@@ -97,7 +97,9 @@ def parse_args(argv=None):
         fail("--run is missing: the folder of a run")
     args.told = [(text, "--text") for text in args.text] + lines_told(args.text_file)
     if args.num is None:
-        args.num = len(args.told) or 64
+        args.num = len(args.told) or (1 if args.at else 64)
+    if not args.num and args.grid is None and args.interpolate is None:
+        fail("--num 0: of no images only --grid or --interpolate is drawn")
     if args.grid == 0:
         args.grid = min(64, args.num or 64)
     return args
@@ -636,7 +638,7 @@ def explore(args, generator, saved, folder, device):
 
 # ---- main ------------------------------------------------------------------------------------------------
 
-def write_texts(args, generator, saved, folder, device):
+def write_texts(args, generator, saved, digest, folder, device):
     """texts.txt, a line each, and texts.json: how they were asked for, how likely G finds unseen ones."""
     for name in ("labels", "text", "text_file", "held_out", "truncation", "at", "grid", "interpolate",
                  "explore"):
@@ -652,7 +654,8 @@ def write_texts(args, generator, saved, folder, device):
         with torch.inference_mode():
             tokens = generator(z, None, temperature).argmax(2)
         texts += to_texts(tokens, {"vocabulary": saved["vocabulary"], "level": saved["text_level"]})
-    record = {"num": args.num, "seed": args.seed, "temperature": temperature, "step": saved["step"]}
+    record = {"num": args.num, "seed": args.seed, "temperature": temperature, "generator": digest,
+              "step": saved["step"]}
     data = data_of(args.data, folder, saved["vocabulary"])
     if data:
         held_out = torch.from_numpy(data.array("held_out").astype(np.int64))
@@ -762,7 +765,7 @@ def main():
         if args.export:
             export(args.export, generator, saved)
         elif saved["model"]["arch"] == "seq":
-            write_texts(args, generator, saved, path.parent, device)
+            write_texts(args, generator, saved, digest, path.parent, device)
         elif args.temperature:
             fail("--temperature: this generator draws images; it is for texts (train.py --arch seq)")
         else:

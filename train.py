@@ -41,9 +41,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from prepare_data import (LATER, TRY_AGAIN, Data, Parser, Trackers, cores, fail, find_device, flag, in_a_line,
-                          keep_memory, lock, on_signals, read_lines, read_or_empty, status_of, steady_output,
-                          whole_file, within, write_json, write_text)
+from prepare_data import (LATER, TRY_AGAIN, Data, Parser, Trackers, check_writable, cores, fail, find_device,
+                          flag, in_a_line, keep_memory, lock, on_signals, read_lines, read_or_empty,
+                          status_of, steady_output, whole_file, within, write_json, write_text)
 
 EMBEDDING = 64  # numbers that a class, a word or a sentence becomes in both networks
 GRID = 64  # images in a sample grid, 8 a row
@@ -1717,6 +1717,7 @@ class Watch:
             run.out.mkdir(parents=True, exist_ok=True)
             self.lock = lock(run.out)  # for as long as this file is open
             (run.out / "grids").mkdir(exist_ok=True)
+            check_writable("--out", run.out)
         except OSError as error:
             fail(f"--out {run.out}: {error.strerror}")
         try:

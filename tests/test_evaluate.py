@@ -429,6 +429,14 @@ def test_no_weights_is_one_line_and_no_other_network(trained, tmp_path):
     refused("evaluate.py", "--images", images, "--reference", images, "--weights", tmp_path / "bad.pth", naming="bad.pth")
 
 
+def test_samples_of_a_generator_that_is_no_more():
+    status = {"step": 10, "state": "finished"}
+    assert evaluate.training_warnings(status, 10, 10, replaced=False) == []
+    for drawn, replaced in ((5, False), (10, True), (20, True)):
+        warning, = evaluate.training_warnings(status, 10, drawn, replaced)
+        assert f"of step {drawn}; training is at step 10" in warning
+
+
 def test_refusals(trained, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate.parse_args([])
@@ -448,6 +456,7 @@ def test_refusals(trained, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     refused("evaluate.py", "--images", tmp_path / "empty", "--reference", tmp_path, naming=["--images", "empty"])
     refused("evaluate.py", "--run", trained, "--out", tmp_path, naming="--out")
+    refused("evaluate.py", "--images", "a", "--reference", "b", "--out", "/proc/figures.json", naming="--out /proc: ")
     for name in ("1.png", "2.png"):
         (tmp_path / "empty" / name).write_bytes(b"no picture")
     with pytest.raises(SystemExit, match="2"):

@@ -288,7 +288,8 @@ def test_a_place_is_the_users_to_mend_and_a_disk_is_not():
 def test_downloads_say_what_failed(tmp_path):
     blocked = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     refuse("fashion-mnist", "--out", tmp_path / "out", "--root", tmp_path / "none",
-            naming=["fashion-mnist", "--root"], **blocked)
+            naming=["fashion-mnist", "--root", "none/FashionMNIST/raw"], **blocked)
+    assert not list(tmp_path.iterdir())
 
 
 def captions_of(folder):

@@ -78,7 +78,9 @@ def test_mistakes(tmp_path):
     for words, more, naming in ((["dragons"], {}, "dragons is not a recipe"), (["folder"], {}, "ROOT"),
                                 ([], {"ROOT": "many"}, "bash run_all.sh folder?"), (["mnist"], {"CAPTIONS": "x"}, "CAPTIONS"),
                                 (["shapes", "--lr-g", "-1"], {}, "train.py: argument --lr-g"),
-                                (["shapes", "--sise", "8"], {}, "train.py: --sise is no option")):
+                                (["shapes", "--sise", "8"], {}, "train.py: --sise is no option"),
+                                (["shapes", "--out", "x"], {}, "RUN="), (["folder", "--data=x"], {}, "DATA="),
+                                (["shapes"], {"RUN": "/proc/none/x"}, "RUN=/proc/none/x cannot be made")):
         done = call("bash", ROOT / "run_all.sh", *words, status=2, **environment(tmp_path) | more)
         assert naming in done.stderr and len(done.stderr.splitlines()) == 1
     done = call("bash", ROOT / "run_all.sh", "shapes", status=2, **environment(tmp_path) | {"PYTHON": "/bin/false"})

@@ -47,6 +47,9 @@ def test_image_depends_on_seed_and_number_alone(generator, tmp_path):
     assert "already" in call("sample.py", "--run", generator, "--num", "70", "--device", "cpu").stdout
     assert "3 images of step 48, instead of 70 others" in call("sample.py", "--run", generator, "--num", "3", "--device", "cpu").stdout
 
+    refused("sample.py", "--run", generator, "--num", "0", naming="--num 0")
+    assert "1 image of step 48" in call("sample.py", "--run", generator, "--at", "0.5,0.5", "--device", "cpu").stdout
+
 
 def test_pictures(generator, tmp_path):
     call("sample.py", "--run", generator, "--num", "0", "--grid", "9", "--interpolate", "3", "--labels", "red circle",

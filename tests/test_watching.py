@@ -177,7 +177,9 @@ def test_comparison(trained, tmp_path):
     assert len(table) == 5 and len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     page = (runs / "comparison.html").read_text()
     assert page.count("data:image/png;base64") == 4 and "<i>" not in page  # a grid each, and one's FID by minute
-    call("evaluate.py", "--compare", runs / "one", runs / "two", "--out", tmp_path / "pair")
+    said = call("evaluate.py", "--compare", runs / "one", runs / "two", runs / "too", runs / "comparison.md", "--out",
+                tmp_path / "pair").stderr
+    assert said.splitlines() == [f"note: {runs / 'too'} is left out, no run of train.py"]
     rows = list(csv.DictReader((tmp_path / "pair.csv").open()))
     assert [row["differs from most"] for row in rows] == ["--lr-g 0.0002", "--lr-g 0.01"]
     refused("evaluate.py", "--compare", tmp_path, naming=["--compare", "config.json"])
