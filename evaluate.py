@@ -1161,9 +1161,9 @@ def unusual(values, usual):
 def compare(paths, out):
     """One table of runs, in OUT.md, OUT.csv and OUT.html: what differs between them, and how each ended."""
     runs, curves = [], {}
-    found = {path: sorted([*Path(path).glob("config.json"), *Path(path).glob("*/config.json")])
-             for path in paths}
-    for folder in dict.fromkeys(file.parent for files in found.values() for file in files):  # once each
+    configs = {path: sorted([*Path(path).glob("config.json"), *Path(path).glob("*/config.json")])
+               for path in paths}
+    for folder in dict.fromkeys(file.parent for files in configs.values() for file in files):  # once each
         try:
             curve, run = fid_by_minute(folder), read_run(folder)
             curves |= {str(folder): curve} if curve else {}
@@ -1173,8 +1173,8 @@ def compare(paths, out):
             print(f"note: {folder} is left out, {reason}", file=sys.stderr)
     if not runs:
         fail(f"--compare {' '.join(paths)}: no run of train.py here (a folder with config.json)")
-    for path in found:
-        if not found[path] and not Path(path).is_file():  # as of runs/*, which holds comparison.md too
+    for path, files in configs.items():
+        if not files and not Path(path).is_file():  # as of runs/*, which holds comparison.md too
             print(f"note: {path} is left out, no run of train.py", file=sys.stderr)
     usual = usual_values([options for options, _ in runs])
     taken_as = [(row["against"], taken) for _, found in runs for taken, row in found if taken]
@@ -1396,10 +1396,11 @@ def score(args):
         metrics, galleries = score_images(args, samples, run, config, record)
 
     if run:
-        step = record.get("step") if "images" not in others else None
-        drew, path = record.get("generator"), run / "generator.pt"
-        replaced = bool(drew) and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != drew
-        metrics["warnings"] += training_warnings(read_status(run), config["steps"], step, replaced)
+        drawn, path = {} if "images" in others else record, run / "generator.pt"
+        replaced = ("generator" in drawn and path.exists()
+                    and hashlib.sha256(path.read_bytes()).hexdigest() != drawn["generator"])
+        metrics["warnings"] += training_warnings(
+            read_status(run), config["steps"], drawn.get("step"), replaced)
     if record:
         metrics["samples"] = record
     metrics["seconds"] = round(time.perf_counter() - start, 1)

@@ -535,7 +535,7 @@ def load_torchvision(name, root):
         "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"), "celeba": (datasets.CelebA, "celeba")}[name]
     options = {"split": "all", "target_type": []} if name == "celeba" else {}
     place = Path(root, place)
-    missing_folders = [folder for folder in (place, place.parent, *place.parents) if not folder.exists()]
+    missing_folders = [folder for folder in (place, *place.parents) if not folder.exists()]
     try:
         return dataset_class(root, download=True, **options)  # unless it is there
     except Exception as error:  # each mirror fails in its own way
@@ -1178,7 +1178,11 @@ def read_picture(file, background="white", reduce=1):
             clear = image
     if clear:
         image = Image.alpha_composite(Image.new("RGBA", clear.size, background), clear)
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    return in_mode(image, "L" if image.mode in ("1", "L") else "RGB")
+
+
+def in_mode(image, mode):
+    return image if image.mode == mode else image.convert(mode)  # which copies where nothing is to change
 
 
 def square_pixels(image, size, channels, crop, background):
@@ -1189,7 +1193,7 @@ def square_pixels(image, size, channels, crop, background):
     side, before = min(*image.size, crop or sys.maxsize), max(image.size)
     image = read_picture(image, background, side / (2.75 * size))  # coarser shows beside a whole decoding
     side = max(1, round(side * max(image.size) / before))
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = in_mode(image, "L" if channels == 1 else "RGB")
     left, top = (image.width - side) / 2, (image.height - side) / 2
     if image.size != (size, size) or side != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))

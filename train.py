@@ -229,8 +229,7 @@ class Images:
     rows (N, H, W, C) uint8; conditions: None, labels (N,), captions (N, K, L) of token ids, or their
     embeddings (N, K, n).
     """
-    unit = "images"
-    key = "size"  # what the meta.json of this kind alone has
+    unit, key = "images", "size"  # key: what the meta.json of this kind alone has
     defaults, lead_in = {}, 0  # of options; steps before all that is START:END sets out
 
     @staticmethod
@@ -1756,7 +1755,7 @@ class Watch:
                 left.unlink()
         for log in (out / "log.jsonl", out / "fid.jsonl"):
             if log.exists():  # what came after this step is about to be trained again
-                scored = state.best["last"] if state.best else state.step - 1
+                scored = state.best["last"] if state.best else state.step - 1  # this step: scored again
                 last = scored if log.stem == "fid" else state.step
                 lines = [line for line in read_lines(log) if line["step"] <= last]
                 write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
