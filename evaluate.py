@@ -1270,6 +1270,15 @@ def odd_pictures(images):
             ] if odd else []
 
 
+def other_size(generated, real):
+    """A warning, or none, of images as open_images returns them: the first two differ in size."""
+    if isinstance(generated, dict) or isinstance(real, dict):
+        return []
+    (high, wide), (height, width) = (pixels_at(images, [0]).shape[1:3] for images in (generated, real))
+    return [f"generated images of {wide}×{high} pixels, real ones of {width}×{height}: a part of the FID is "
+            "the size"] if (high, wide) != (height, width) else []
+
+
 def captions_drawn(images, count):
     """(what sample.py drew each of so many images for, [] without captions; warnings)."""
     conditions = read_lines(f"{images}.jsonl")
@@ -1333,6 +1342,7 @@ def score_images(args, images, run, config, record):
     elif "precision" not in found:
         warned.append(f"no precision, recall, density, coverage: they take over {NEIGHBOURS} images each")
     warned += odd_pictures(generated) + odd_pictures(reference)
+    warned += other_size(generated, data.array("images") if data else reference)
     few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FULL_RANK]
     if few:
         warned.append(f"FID from {' and '.join(few)} images: under {FULL_RANK} the covariance is singular "

@@ -495,6 +495,16 @@ def test_statistics_and_counts_that_cannot_be_are_refused(shapes, tmp_path):
         refused("evaluate.py", "--images", images, "--data", data, *options, naming=naming)
 
 
+def test_other_size_is_said(tmp_path):
+    small, large = np.zeros((2, 8, 8, 1), np.uint8), np.zeros((2, 16, 12, 3), np.uint8)
+    for name in "ab":
+        Image.fromarray(large[0]).save(tmp_path / f"{name}.png")
+    files = evaluate.open_images("--images", tmp_path)
+    assert evaluate.other_size(large, files) == evaluate.other_size(small, {"mu": 0}) == []
+    [said] = evaluate.other_size(files, small)
+    assert "12×16" in said and "8×8" in said
+
+
 def test_folders_are_read_as_data_is(tmp_path):
     """Upright, on white, 16 bits and profiles as they look; what is plain is what pytorch-fid sees."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)

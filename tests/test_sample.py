@@ -144,7 +144,7 @@ def test_labels(generator, tmp_path):
     saved = torch.load(generator / "generator.pt", weights_only=True)
     first, second = saved["classes"][:2]
     call("sample.py", "--run", generator, "--num", "4", "--labels", f"{first},1", "--out", tmp_path / "a", "--device", "cpu")
-    call("sample.py", "--run", generator, "--num", "4", "--labels", f"0,{second}", "--out", tmp_path / "b", "--device", "cpu")
+    call("sample.py", "--run", generator, "--num", "4", "--labels", f"0,{second},", "--out", tmp_path / "b", "--device", "cpu")
     call("sample.py", "--run", generator, "--num", "4", "--labels", "0", "--out", tmp_path / "c", "--device", "cpu")
     a, b, c = (pixels(tmp_path / name) for name in "abc")
     assert all(np.array_equal(a[n], b[n]) for n in a)

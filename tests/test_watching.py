@@ -247,6 +247,10 @@ def test_mistyped_option(script, typed, meant):
     assert len(re.findall(rf"^    python {script} ", call(script, "--help").stdout, re.M)) >= 2, "two examples"
 
 
+def test_a_stranger_is_likened_to_no_option():
+    assert "did you mean" not in call("sample.py", "--run", "x", "--caption", "a", status=2).stderr
+
+
 @pytest.mark.parametrize("script", ["prepare_data.py", "train.py", "sample.py", "evaluate.py"])
 def test_missing_packages_are_named_in_a_line(script):
     done = call(sys.executable, "-S", ROOT / script, status=2)  # without site-packages
