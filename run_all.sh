@@ -136,7 +136,7 @@ if [ -f "$run/generator.pt" ] && [ -f "$run/report.html" ] && [ "$run/done" -nt 
 fi
 
 extra=''
-[ "$recipe" != tests ] || extra=pytest
+[ "$recipe" != tests ] || extra="pytest xdist"
 # The packages: in PYTHON, in the python3 at hand, or in .venv, which is made here.
 has='import importlib.metadata as m, importlib.util as u, sys
 packages = "torch torchvision numpy PIL pytorch_fid tqdm matplotlib nltk '"$extra"'".split()
@@ -167,7 +167,7 @@ if [ "$recipe" = tests ]; then
     if [ "$python" = "$here/.venv/bin/python" ]; then
         "$python" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
     fi
-    exec "$python" -m pytest tests "$@"
+    exec "$python" -m pytest -n 2 --dist loadfile tests "$@"
 fi
 
 # Signals go to the stage that runs: train.py saves and leaves, the others drop what is half done.

@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at once; read where torch is imported
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup: the tests go on, and the scripts take it
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
@@ -27,7 +27,6 @@ def run_script(command, environment, cwd, output):
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT), stream)
     os.chdir(cwd or os.getcwd())
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
@@ -40,7 +39,7 @@ FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "torchvision", "pytorch
 def call(*command, status=0, cwd=None, **environment):
     """Run a script (`train.py …`) or a program; returns the finished process after checking its exit status."""
     command = [str(c) for c in command]
-    environment = os.environ | {"OMP_NUM_THREADS": "2"} | environment
+    environment = os.environ | environment
     if command[0].endswith(".py"):
         command[0] = str(ROOT / command[0])
         with tempfile.TemporaryDirectory() as output:

@@ -83,7 +83,7 @@ def begin(shapes, tmp_path):
         stub.write_text(f'#!/bin/sh\ncase "$1$2" in\n    -c*make_run*) {sys.executable} "$@" >/dev/null && cat {tmp_path}/asked;;\n'
                         f'    *prepare_data.py*) ;;\n    *) exec {sys.executable} "$@";;\nesac\n')
         stub.chmod(0o755)
-        settings = {"PYTHON": str(stub), "DATA": str(shapes), "RUN": str(tmp_path / "run"), "OMP_NUM_THREADS": "1",
+        settings = {"PYTHON": str(stub), "DATA": str(shapes), "RUN": str(tmp_path / "run"),
                     "PYTHONPATH": str(tmp_path)}
         begun.append(subprocess.Popen(["bash", str(ROOT / "run_all.sh"), "shapes", *OPTIONS, *options],
                                       env=os.environ | settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -244,7 +244,7 @@ def job(slurm, shapes, tmp_path):
     stub.chmod(0o755)
 
     def submit(*options, queue=()):
-        settings = {"PYTHON": str(stub), "DATA": str(shapes), "RUN": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}
+        settings = {"PYTHON": str(stub), "DATA": str(shapes), "RUN": str(tmp_path / "run")}
         number = subprocess.run(["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2",
                                  f"--output={tmp_path}/slurm-%j.log", *queue, "run_all.sh", "shapes", *OPTIONS, *options],
                                 cwd=ROOT, check=True,
@@ -268,7 +268,7 @@ def begins_again(number):
 def whole(shapes, run, *options):
     """The same two processes, never interrupted."""
     call(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", "--data", shapes,
-         "--out", run, *RECIPE, *OPTIONS, *options, OMP_NUM_THREADS="1")
+         "--out", run, *RECIPE, *OPTIONS, *options)
     return run
 
 

@@ -30,8 +30,7 @@ OPTIONS = ("--condition", "text", "--arch", "upsample", "--flip", "--diffaug", "
 
 def start(shapes, run, *options, launch=(sys.executable,)):
     return subprocess.Popen([*map(str, launch), str(ROOT / "train.py"), "--data", str(shapes), "--out", str(run),
-                             *options], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                             *options], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for_step(run, step, process=None):
@@ -64,7 +63,7 @@ def same_run(one, other):
 def straight(request, shapes, tmp_path_factory):
     """The run that nothing disturbs, and its precision."""
     run = tmp_path_factory.mktemp("straight") / request.param
-    call("train.py", "--data", shapes, "--out", run, *OPTIONS, "--amp", request.param, OMP_NUM_THREADS="1")
+    call("train.py", "--data", shapes, "--out", run, *OPTIONS, "--amp", request.param)
     return run, request.param
 
 
@@ -85,7 +84,7 @@ def test_interrupted_by_every_signal_it_ends_in_the_same_weights(straight, shape
             assert status(run)["state"] == "interrupted" and status(run)["signal"] == number.name
             assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == status(run)["step"]
             assert time.time() - sent < 5
-    call("train.py", "--data", shapes, "--out", run, *OPTIONS, "--amp", amp, OMP_NUM_THREADS="1")
+    call("train.py", "--data", shapes, "--out", run, *OPTIONS, "--amp", amp)
     same_run(whole, run)
 
 
@@ -106,9 +105,8 @@ def test_torture(shapes, tmp_path):
             break
         states = [train.load_file(p) for p in (run / "checkpoint.pt", run / "checkpoint.prev.pt") if p.exists()]
         assert states or kills == 1
-    call("train.py", "--data", shapes, "--out", run, *options, OMP_NUM_THREADS="1")
-    call("train.py", "--data", shapes, "--out", tmp_path / "whole", *options[:9], "100000", *options[10:],
-         OMP_NUM_THREADS="1")
+    call("train.py", "--data", shapes, "--out", run, *options)
+    call("train.py", "--data", shapes, "--out", tmp_path / "whole", *options[:9], "100000", *options[10:])
     same_run(tmp_path / "whole", run)
     assert not list(run.rglob("*.tmp"))
     print(f"{kills} kills survived")
@@ -282,7 +280,7 @@ def test_bad_numbers_of_one_process_are_skipped_by_all(shapes, tmp_path):
         start=0, what="train.LOSSES['bce'] = (lambda r, f, a: d_loss(r, f, a) + (float('inf') if run.rank == 1 and "
         "state.step in (5, 6) else 0), g_loss, {})"))
     call(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", patched, "--data", shapes,
-         "--out", tmp_path / "run", "--max-steps", "12", *TINY, OMP_NUM_THREADS="1")
+         "--out", tmp_path / "run", "--max-steps", "12", *TINY)
     assert [line["skipped_d"] for line in log_of(tmp_path / "run")] == [0, 2, 2]
 
 

@@ -674,8 +674,7 @@ train.save = saved
 train.main()
 """)
     call(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", watched, "--data", shapes, "--out", tmp_path / "two",
-         "--condition", "label", "--arch", "upsample", "--grad-accum", "2", "--amp", "off", "--max-steps", "12", *TINY,
-         OMP_NUM_THREADS="1")
+         "--condition", "label", "--arch", "upsample", "--grad-accum", "2", "--amp", "off", "--max-steps", "12", *TINY)
     lines = log_of(tmp_path / "two")
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert (tmp_path / "two" / "same").read_text() == "True", "both processes hold the same weights"
@@ -706,7 +705,7 @@ def test_the_result_does_not_hang_on_the_number_of_processes(processes, accumula
                "--log-every", "1", "--device", "cpu", "--feature-matching", "1")
     call("train.py", *options, "--out", tmp_path / "one")
     call(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", ROOT / "train.py", *options,
-         "--out", tmp_path / "many", OMP_NUM_THREADS="1")
+         "--out", tmp_path / "many")
     one, many = (train.load_file(tmp_path / name / "checkpoint.pt") for name in ("one", "many"))
     for player in ("G", "D"):
         for a, b in zip(one[player]["net"].values(), many[player]["net"].values(), strict=True):
