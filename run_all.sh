@@ -100,7 +100,7 @@ case $recipe in
                        --temperature 2:1.7 --schedule linear)
                 pictures=() real=() ;;
     folder)     prepare=(folder --size 64)
-                train=(--batch-size 64 --epochs 200 --flip --save-every 500) ;;
+                train=("${small[@]}" --batch-size 32 --epochs 200 --flip --r1 0.3 --r2 0.3 --save-every 500) ;;
     tests | gpu-check) ;;
     -h | --help)
                 say "$(sed -n '/^# Prepare/,/^set/s/^# \{0,1\}//p' "$here/run_all.sh")"
@@ -241,10 +241,12 @@ stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
         say "run_all.sh: $data has $have images, not 2048: the generated ones are scored against these"
         real=()
     }
-    [ "$recipe" != folder ] || [ "$have" -ge 64 ] || [ "$have" -lt 1 ] || {
-        [[ " $*" == *" --batch-size"* ]] || say "run_all.sh: the batch is all $have of them, not 64"
-        train+=(--batch-size "$have")
-    }
+    case $recipe in folder | captioned)
+        [ "$have" -ge 32 ] || [ "$have" -lt 1 ] || {
+            [[ " $*" == *" --batch-size"* ]] || say "run_all.sh: the batch is all $have of them, not 32"
+            train+=(--batch-size "$have")
+        } ;;
+    esac
 }
 # As many processes as can share the batch evenly: of each node its GPUs, or one on its CPUs.
 ask "run, nodes = train.make_run(train.parse_args()), ${SLURM_NNODES:-1}
