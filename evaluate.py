@@ -1274,9 +1274,9 @@ def other_size(generated, real):
     """A warning, or none, of images as open_images returns them: the first two differ in size."""
     if isinstance(generated, dict) or isinstance(real, dict):
         return []
-    (high, wide), (height, width) = (pixels_at(images, [0]).shape[1:3] for images in (generated, real))
-    return [f"generated images of {wide}×{high} pixels, real ones of {width}×{height}: a part of the FID is "
-            "the size"] if (high, wide) != (height, width) else []
+    one, other = ("×".join(map(str, pixels_at(images, [0]).shape[2:0:-1])) for images in (generated, real))
+    return [f"generated images of {one} pixels, real ones of {other}: a part of the FID is the size"
+            ] if one != other else []
 
 
 def captions_drawn(images, count):

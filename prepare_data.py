@@ -246,7 +246,7 @@ class Parser(argparse.ArgumentParser):
             if word not in options:
                 name = f"--{word.lstrip('-')}"
                 near = [o for o in options if o.startswith(name)]
-                near = near or difflib.get_close_matches(name, options, 1, 0.77)  # below: strangers
+                near = near or difflib.get_close_matches(name, options, 1, 0.765)  # below: strangers
                 self.error(f"{word} is no option" + (f": did you mean {' or '.join(near)}?" if near else ""))
         args = super().parse_args([word for word in argv if word != "--"])
         self.named = list(dict.fromkeys(options[word].dest for word in words))

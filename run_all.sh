@@ -100,7 +100,7 @@ case $recipe in
                        --temperature 2:1.7 --schedule linear)
                 pictures=() real=() ;;
     folder)     prepare=(folder --size 64)
-                train=("${small[@]}" --batch-size 32 --epochs 200 --flip --r1 0.3 --r2 0.3 --save-every 500) ;;
+                train=("${small[@]}" --batch-size 32 --epochs 200 --flip --r1 0.3 --r2 0.3) ;;
     tests | gpu-check) ;;
     -h | --help)
                 say "$(sed -n '/^# Prepare/,/^set/s/^# \{0,1\}//p' "$here/run_all.sh")"
@@ -242,7 +242,7 @@ stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
         real=()
     }
     case $recipe in folder | captioned)
-        [ "$have" -ge 32 ] || [ "$have" -lt 1 ] || {
+        [ "$have" -ge 32 ] || {
             [[ " $*" == *" --batch-size"* ]] || say "run_all.sh: the batch is all $have of them, not 32"
             train+=(--batch-size "$have")
         } ;;

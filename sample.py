@@ -158,7 +158,7 @@ def parse_labels(text, classes):
     if text in classes:  # its name may have commas
         return [classes.index(text)]
     numbers, named = [], any(name.isdecimal() for name in classes)
-    for word in (w.strip() for w in text.removesuffix(",").split(",")):
+    for word in (w.strip() for w in text.strip().removesuffix(",").split(",")):
         if word in classes:
             numbers.append(classes.index(word))
         elif word.isdecimal() and int(word) < len(classes) and not named:

@@ -15,18 +15,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at once; read where torch is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at once; read where torch is imported
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup: the tests go on, and the scripts take it
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def run_script(command, environment, cwd, output):
     """In a fresh process: be `python script …`."""
+    import torch
     os.environ.clear()
     os.environ.update(environment)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT), stream)
     os.chdir(cwd or os.getcwd())
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 

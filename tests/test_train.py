@@ -636,7 +636,8 @@ def test_steps_wait_for_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [("--arch", "upsample", "--amp", "fp16", "--grad-accum", "2"),
                                      ("--compile", "--amp", "off")])
 def test_whole_runs(options, shapes, tmp_path):
-    call("train.py", "--data", shapes, "--out", tmp_path, "--max-steps", "6", *TINY, *options)
+    call("train.py", "--data", shapes, "--out", tmp_path, "--max-steps", "6", *TINY, *options,
+         OMP_NUM_THREADS="2")
     assert log_of(tmp_path)[-1]["step"] == 6 and log_of(tmp_path)[-1]["skipped_d"] < 3
 
 

@@ -241,14 +241,16 @@ def test_comparison_sorts_and_filters_in_a_browser(trained, tmp_path):
 @pytest.mark.parametrize("script, typed, meant", [
     ("prepare_data.py", ("shapes", "--out", "x", "--sise", "3"), "--size"),
     ("train.py", ("--data", "x", "--out", "y", "--bach-size", "3"), "--batch-size"),
-    ("sample.py", ("--run", "x", "--temprature", "3"), "--temperature"), ("evaluate.py", ("--run", "x", "--flor"), "--floor")])
+    ("sample.py", ("--run", "x", "--temprature", "3"), "--temperature"),
+    ("train.py", ("--data", "x", "--output", "3"), "--out"), ("evaluate.py", ("--run", "x", "--flor"), "--floor")])
 def test_mistyped_option(script, typed, meant):
     refused(script, *typed, naming=[typed[-2] if typed[-1] == "3" else typed[-1], f"did you mean {meant}?"])
     assert len(re.findall(rf"^    python {script} ", call(script, "--help").stdout, re.M)) >= 2, "two examples"
 
 
 def test_a_stranger_is_likened_to_no_option():
-    assert "did you mean" not in call("sample.py", "--run", "x", "--caption", "a", status=2).stderr
+    said = call("sample.py", "--run", "x", "--caption", "a", status=2).stderr
+    assert "--caption is no option" in said and "did you mean" not in said
 
 
 @pytest.mark.parametrize("script", ["prepare_data.py", "train.py", "sample.py", "evaluate.py"])
