@@ -118,6 +118,8 @@ def test_recipes_run_for_a_few_steps(recipe, shapes, tmp_path):
                 "coco32": (512, 100), "coco64": (128, 40), "folder": (20, 200), "captioned": (20, 180)}
     if recipe in expected:
         assert (args.batch_size, args.epochs) == expected[recipe]
+    if recipe == "folder":
+        assert (args.arch, args.loss, args.r1, args.r2, args.diffaug) == ("sngan", "relativistic", 1, 1, 0.3)
     if recipe == "anime64":
         assert (args.lr_g, args.lr_d, args.schedule) == ("0.0002:1e-05", "0.0002:1e-05", "cosine")
         assert (args.real_label, args.fake_label) == (0.9, 0.1)
