@@ -188,6 +188,7 @@ def plot_quality(curves, path):
         ax.axhline(found["floor"], color="#777777", linestyle=":", label="real against real")
         ax.set(title=name, xlabel="minutes of training", ylabel="FID", yscale="log")
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(plt.LogLocator(subs=(2, 5)))
         ax.yaxis.set_minor_formatter("{x:g}")
         ax.legend()
     figure.tight_layout()
