@@ -199,7 +199,8 @@ $1" "$here" --data "$data" --out "$run" "${train[@]}" -- "${@:2}" 2>&1) || statu
         exit "$status"
     }
 }
-ask 'train.parse_args()' "$@"  # before the data are prepared
+ask 'print(train.parse_args().batch_size)' "$@"  # before the data are prepared
+batch=$said
 
 { mkdir -p "$run" && [ -w "$run" ]; } 2>/dev/null || mistake "RUN=$run cannot be made or written to"
 exec 9>>"$run/run_all.lock"
@@ -242,8 +243,8 @@ stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
         real=()
     }
     case $recipe in folder | captioned)
-        [ "$have" -ge 32 ] || {
-            [[ " $*" == *" --batch-size"* ]] || say "run_all.sh: the batch is all $have of them, not 32"
+        [ "$have" -ge "$batch" ] || [[ " $*" == *" --batch-size"* ]] || {
+            say "run_all.sh: the batch is all $have of them, not $batch"
             train+=(--batch-size "$have")
         } ;;
     esac

@@ -138,7 +138,7 @@ def drawn_by_tutorial(folder, images, meta, minutes, count):
 
 
 def drawn_by_ours(folder, data, minutes, count):
-    """The same of train.py with the default recipe, stopped by a signal and called again: starting counts."""
+    """The same of train.py with RECIPE, stopped by a signal and called again: starting counts."""
     trained, paths = 0.0, []
     for minute in minutes:
         start = time.perf_counter()
@@ -310,7 +310,7 @@ def rows(work, args):
     """name: (what, target, function that gives ratios)."""
     r = args.repeats
     if args.rows == ["quality"]:
-        return {"quality": ("FID of the tutorial against the default recipe after the same time", 2,
+        return {"quality": ("FID of the tutorial against the recipe fashion-mnist after the same time", 2,
                             lambda: pictures(args, work))}
     photos = work / "photos" / "all"
     photos.mkdir(parents=True)
