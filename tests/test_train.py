@@ -252,6 +252,19 @@ def test_resnet_has_the_published_size_and_start():
     assert 0.2 < G(torch.randn(64, 64), torch.arange(64) % 10).std() < 2
 
 
+@pytest.mark.parametrize("edge", ["zeros", "replicate"])
+def test_fused_upsampling_is_the_two_in_turn(edge):
+    fused = train.UpConv(5, 7, padding_mode=edge).double()
+    conv = torch.nn.Conv2d(5, 7, 3, 1, 1, padding_mode=edge).double()
+    conv.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 5, 6, 3, dtype=torch.double, requires_grad=True)
+    one, two = fused(x), conv(F.interpolate(x, scale_factor=2))
+    torch.testing.assert_close(one, two)
+    for a, b in zip(torch.autograd.grad(one.square().sum(), [x, *fused.parameters()]),
+                    torch.autograd.grad(two.square().sum(), [x, *conv.parameters()])):
+        torch.testing.assert_close(a, b)
+
+
 def test_words_attend_to_places():
     attention = train.WordAttention(6)
     x, words, mask = torch.randn(2, 6, 3, 3), torch.randn(2, 4, train.EMBEDDING), torch.tensor([[1, 1, 0, 0], [0] * 4]) > 0
