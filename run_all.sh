@@ -242,12 +242,10 @@ stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
         say "run_all.sh: $data has $have images, not 2048: the generated ones are scored against these"
         real=()
     }
-    case $recipe in folder | captioned)
-        [ "$have" -ge "$batch" ] || [[ " $*" == *" --batch-size"* ]] || {
-            say "run_all.sh: the batch is all $have of them, not $batch"
-            train+=(--batch-size "$have")
-        } ;;
-    esac
+    [ "$have" -ge "$batch" ] || [[ " $*" == *" --batch-size"* ]] || {
+        say "run_all.sh: the batch is all $have of them, not $batch"
+        train+=(--batch-size "$have")
+    }
 }
 # As many processes as can share the batch evenly: of each node its GPUs, or one on its CPUs.
 ask "run, nodes = train.make_run(train.parse_args()), ${SLURM_NNODES:-1}
