@@ -950,7 +950,7 @@ def test_checkpoints_of_another_version_are_refused(trained, shapes, tmp_path):
 
 def test_the_loss_that_the_readme_adds(tmp_path, monkeypatch):
     """The example of "Changing the code" as it is printed there."""
-    entry = re.search(r"`--loss margin` is there:\s+```python\n(.*?)```", (ROOT / "docs" / "code.md").read_text(), re.S)[1]
+    entry = re.search(r"`--loss margin`, .*?```python\n(.*?)```", (ROOT / "docs" / "code.md").read_text(), re.S)[1]
     for name, loss in eval(f"{{{entry}}}", vars(train)).items():
         monkeypatch.setitem(train.LOSSES, name, loss)
     t = steps_of(trainer(tmp_path, "--loss", "margin", "--amp", "off"), 2)
