@@ -1563,7 +1563,7 @@ def parse_args(argv=None):
         "by name or folder, whose embeddings of the captions are what the networks are told")
     add = parser.group("texts", needs=["source text"])
     add("--level", choices=["word", "char"], default="word", help="what a token is")
-    add("--length", type=within(1, kind=int), help="tokens a text; longer ones are cut (default: the longest "
+    add("--length", type=within(2, kind=int), help="tokens a text; longer ones are cut (default: the longest "
         "text's, at most 32 words or 128 characters)")
     add("--synthetic-oracle", action="store_true", excludes=["--root", "--level char"], help="draw --num "
         "texts of 20 tokens from a fixed random LSTM over 5000, under which the likelihood of any text is "

@@ -103,8 +103,8 @@ def parse_args(argv=None):
     add("--blocks", type=count, needs="--arch resnet", help="residual blocks a resolution (default: 2)")
     add("--extra-convs", type=within(0, 100, int), default=0, excludes="--arch resnet", help="more 3×3 "
         "convolutions a resolution of G")
-    add("--depth", type=count, help="doublings from the first feature map to the image (default: as "
-        "many as leave the first 4 to 7 pixels wide)")
+    add("--depth", type=count, help="doublings from the first feature map to the image (default: until "
+        "the first is 7 pixels wide or fewer, or an odd number)")
     add("--latent-dim", type=count, default=100, help="numbers in z")
     add("--norm-d", choices=["batch", "none"], excludes="--arch resnet", help="normalisation in D (default: "
         "none with --r1, --r2 or --gp, which take images one by one, else batch)")
@@ -149,8 +149,8 @@ def parse_args(argv=None):
     add("--burn-in", type=within(1), metavar="IMAGES", help="after which all that is START:END stays at END "
         "(default: the whole run)")
     add("--restarts", type=count, default=4, needs="--schedule cosine-restarts", help="cycles")
-    add("--warmup", type=within(0, kind=int), default=0, metavar="STEPS", help="in which both learning rates "
-        "rise from 0")
+    add("--warmup", type=within(0, kind=int), default=0, metavar="STEPS", help="the first of the "
+        "run, in which both learning rates rise from 0")
     add("--optimizer", choices=list(OPTIMIZERS), default="adam", help="adamw decays weights by 0.01")
     add("--beta1", type=decay, default=0.5, needs="--optimizer adam or adamw", help="of the mean gradient")
     add("--beta2", type=course(0, 0.999999), default=0.999, metavar="START:END", help="decay of the mean "
@@ -191,18 +191,15 @@ def parse_args(argv=None):
         "is one; never: start over and replace what RUN holds; or a checkpoint's path")
     args = parser.parse_args(argv)
     kind = ARCHITECTURES[args.arch][2]
-    defaults = {"r1": 0.0, "r2": 0.0, "gp": 0.0, **LOSSES[args.loss][2], **kind.defaults}
-    if args.ema_images is None:
-        defaults["ema"] = 0.999
-    if args.arch == "resnet":
-        defaults["blocks"] = 2
+    defaults = {"r1": 0.0, "r2": 0.0, "gp": 0.0, "width_d": args.width,
+                "ema": 0.999 if args.ema_images is None else None,
+                "blocks": 2 if args.arch == "resnet" else None, **LOSSES[args.loss][2], **kind.defaults}
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     if args.penalty_interval > 1 and not (args.r1 or args.r2):
         parser.needless(args, "penalty_interval", "needs --r1 or --r2")
     args.norm_d = args.norm_d or ("none" if args.r1 or args.r2 or args.gp else "batch")
-    args.width_d = args.width_d or args.width
     for name in ("width", "width_d"):
         if args.width_max and getattr(args, name) > args.width_max:
             fail(f"--width-max {args.width_max}: below {flag(name)} {getattr(args, name)}, the width that it "
@@ -230,7 +227,7 @@ class Images:
     embeddings (N, K, n).
     """
     unit, key = "images", "size"  # key: what the meta.json of this kind alone has
-    defaults, lead_in = {}, 0  # of options; steps before all that is START:END sets out
+    defaults, lead_in = {}, 0  # of options not named; steps before START:END values begin to change
 
     @staticmethod
     def add_options(parser):
@@ -250,6 +247,8 @@ class Images:
             fail(f"--condition {kind}: {args.data} has no {'classes' if kind == 'label' else 'captions'}")
         if kind == "text" and self.meta.get("text_encoder"):
             kind = "vector"
+            if args.attention:
+                fail(f"--attention: {args.data} has an embedding of each caption (--text-encoder), no words")
         name = {"none": None, "label": "labels", "text": "tokens", "vector": "embeddings"}[kind]
         self.condition, self.conditions = kind, data.array(name) if name else None
         self.rows = data.array("images")
@@ -266,8 +265,8 @@ class Images:
         meta, size = self.meta, self.meta["size"]
         depth = args.depth or default_depth(size)
         if size % 2 ** depth or not 2 <= size >> depth <= 15:
-            fail(f"--data {args.data}: {size} pixels halved {depth} times (--depth) do not end at 2 to 15; "
-                 f"those of 28, 32, 64 or 128 do")
+            fail(f"--data {args.data}: {size} pixels halved {depth} times (--depth) do not end at 2 to 15"
+                 + ("" if args.depth else "; those of 28, 32, 64 or 128 do"))
         possible = [str(size >> i) for i in reversed(range(depth))]
         sizes = args.grow.split(",") if args.grow else [str(size)]
         if sizes[-1] != str(size) or sizes != [s for s in possible if s in sizes]:
@@ -498,7 +497,10 @@ class AllSum(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Of the whole batch: its mean and variance are those over all processes (autograd goes through them)."""
+    """Of a whole batch, or part of --grad-accum: its mean and variance are those over all processes.
+
+    Autograd goes through them.
+    """
 
     def forward(self, x):
         if not (self.training and dist.is_initialized()):
@@ -558,7 +560,7 @@ class Generator(nn.Module):
     init = staticmethod(lambda module: None)  # how parts are initialised where PyTorch's way will not do
     outer = True  # the head doubles the map, D's stem halves it
     squash = staticmethod(torch.tanh)
-    told = 1 / 4  # scale of the condition: at z's own G varies with it alone, forgets z
+    told = 1 / 4  # scale of the condition: at z's own, G follows it alone and ignores z
 
     def __init__(self, m):
         super().__init__()
@@ -642,21 +644,21 @@ class Discriminator(nn.Module):
 
     def forward(self, x, condition=None, dial=None):
         level = len(self.stems) - 1 if dial is None else dial
-        seen = math.ceil(level)
-        h = self.first_map(x, seen)
-        for i in range(self.starts[seen], len(self.stages) + 1):
-            if level < seen and i == self.starts[seen - 1]:
-                smaller = F.avg_pool2d(x, 2 ** (self.starts[seen - 1] - self.starts[seen]))
-                h = torch.lerp(self.first_map(smaller, seen - 1), h, level - seen + 1)
+        shown = math.ceil(level)
+        h = self.first_map(x, shown)
+        for i in range(self.starts[shown], len(self.stages) + 1):
+            if level < shown and i == self.starts[shown - 1]:
+                smaller = F.avg_pool2d(x, 2 ** (self.starts[shown - 1] - self.starts[shown]))
+                h = torch.lerp(self.first_map(smaller, shown - 1), h, level - shown + 1)
             if i < len(self.stages):
                 h = self.stages[i](h)
         return self.judge(h, condition)
 
-    def first_map(self, x, seen):
+    def first_map(self, x, shown):
         """The first feature map of images of one of the sizes."""
         if self.detail:  # a level of gray more or less is lost beside what changes a whole image
             x = torch.cat([x, self.detail * (x - around(x.float()))], 1)
-        return self.stems[seen](x)
+        return self.stems[shown](x)
 
     def judge(self, h, condition):
         """(logits, features) of the last feature map."""
@@ -800,7 +802,10 @@ class UpsampleDiscriminator(Discriminator):
 
 
 class Residual(nn.Module):
-    """x + 1×1(act(3×3(act(1×1(x))))) at twice the width, in groups of 16; act: a bias, then LeakyReLU 0.2."""
+    """x + 1×1(act(3×3(act(1×1(x))))) at twice the width, in groups of 16 where that divides it.
+
+    act: a bias, then LeakyReLU 0.2.
+    """
 
     def __init__(self, width):
         super().__init__()
@@ -1228,7 +1233,7 @@ class Player(Saved):
         self.skips = torch.zeros(3, device=run.device)  # in all, in a row, the longest row of an interval
         kind, args = run.device.type, run.args
         self.lr = torch.zeros((), dtype=torch.float64 if kind == "cpu" else torch.float32, device=run.device)
-        # weights of D's penalties and the share of images augmented, of those that are not always 0
+        # weights of R1 and R2 and the share of images augmented, as far as they are in use
         self.amounts = {k: self.skip.clone() for k in ("r1", "r2", "diffaug") if getattr(args, k)}
         self.optimizer = OPTIMIZERS[args.optimizer](
             self.params, self.lr, (args.beta1, run.at(0).beta2), fused=True,
@@ -1322,7 +1327,7 @@ class State(Saved):
     ema: Average
     meter: Meter
     step: int = 0
-    best: dict | None = None  # the lowest FID so far, and since how many it is that
+    best: dict | None = None  # the lowest FID and its step, how many came since, the step last scored
     notes: dict = field(default_factory=dict)  # what diagnose() has said
     saved = property(lambda self: [f.name for f in fields(self)])
 
@@ -1345,7 +1350,7 @@ class RMSprop(torch.optim.RMSprop):
     """Honours found_inf as the fused optimisers do: then neither weights nor moments move."""
 
     def __init__(self, params, lr, betas, fused, capturable):
-        lr = lr if capturable else lr.cpu()  # which it reads then: on the host nobody waits
+        lr = lr if capturable else lr.cpu()  # read as a number: from the host that costs no wait
         super().__init__(params, lr, betas[1], capturable=capturable)
 
     def step(self):
@@ -1463,7 +1468,7 @@ class Run:
         return result[0]
 
     def disband(self):
-        """End the connections on all processes at once: one that breaks can end a process by itself."""
+        """End the connections of all processes at the same moment: who loses one before may crash."""
         if self.world > 1:
             dist.barrier(self.group)  # the one that writes is not left behind
             dist.destroy_process_group()
@@ -1494,8 +1499,7 @@ def train_step(run, state, turn, z, batch, condition):
     """D learns to tell x from G(z), then G learns to make D take G(z) for real (Goodfellow et al. 2014).
 
     z: latents (B, noise_dim); batch: rows (B, …) of DATA; condition (B, …) or None. Nothing here waits for
-    the device, and no number changes from step to step: what does is in tensors, see prepare_step(), or
-    the turn.
+    the device; what changes from step to step comes in the tensors that prepare_step() fills, or in the turn.
     """
     G, D, amounts, meter = state.G.net, state.D.net, state.D.amounts, state.meter
     if not turn.penalise:
@@ -1647,7 +1651,11 @@ def save_generator(run, state, name):
 def find_checkpoint(run):
     """The checkpoint to go on from as (dict, path), or (None, None) for a fresh start."""
     asked, latest, errors = run.args.resume, run.out / "checkpoint.pt", []
-    for path in {"never": [], "auto": [latest, run.out / "checkpoint.prev.pt"]}.get(asked, [Path(asked)]):
+    paths = {"never": [], "auto": [latest, run.out / "checkpoint.prev.pt"]}.get(asked, [Path(asked)])
+    if asked not in ("never", "auto") and latest.exists() and paths[0].parent.resolve() != run.out.resolve():
+        fail(f"--resume {asked}: {run.out} has a checkpoint of its own: go on from that with --resume auto, "
+             "or name another --out")
+    for path in paths:
         if asked == "auto" and not path.exists():
             continue
         try:
@@ -1680,6 +1688,10 @@ def check_same(run, saved, path):
         changed.append(f"the {run.data.unit} in {run.args.data} are not those it was trained on")
     if changed:
         fail(f"{path} does not fit: {'; '.join(changed)}. Take another --out, or start over: --resume never")
+    courses = [f"{flag(k)} {asked[k]}" for k in COURSES if isinstance(asked.get(k), str)]
+    if courses and not asked["burn_in"] and asked["epochs"] != options["epochs"]:
+        print(f"note: {path} was to end after {options['epochs']} epochs: from here on {', '.join(courses)} "
+              f"takes the course of {asked['epochs']}", file=sys.stderr)
 
 
 class Signals:
@@ -1721,7 +1733,7 @@ class Watch:
 
     def __init__(self, run):
         self.run = run
-        self.bar, self.trackers, self.grid_rows = tqdm(disable=True), None, ()
+        self.bar = tqdm(disable=True)
         self.began = self.logged = time.perf_counter()
         self.first_step, self.times = 0, []  # of this call; when the interval's steps began and ended
         self.recent = []  # lines of the last epoch
@@ -1740,7 +1752,7 @@ class Watch:
             (run.out / "grids").mkdir(exist_ok=True)
             check_writable("--out", run.out)
         except OSError as error:
-            fail(f"--out {run.out}: {error.strerror}")
+            fail(f"--out {run.out}: {error.strerror}", status_of(error))
         try:
             saved, path = find_checkpoint(run)
             if saved and saved["best"] and not self.holds(saved["best"]):
@@ -1769,7 +1781,8 @@ class Watch:
         config = describe(run, state, run_id)
         self.trackers = Trackers(run.args.tracker, out, run_id, state.step, config)  # or one line why not
         if not path:  # a fresh start leaves nothing of an earlier run
-            keep = () if run.args.resume == "never" else ("generator.pt", "error.pt")
+            keep = {"config.json"}  # by which the rest is known as a run's, should this be killed
+            keep |= set() if run.args.resume == "never" else {"generator.pt", "error.pt"}
             for old in [*(out / name for name in WRITTEN if name not in keep), *out.glob("grids/step_*")]:
                 old.unlink(missing_ok=True)
         for name in (*WRITTEN, "grids/*"):  # what a kill left half written
@@ -1777,7 +1790,8 @@ class Watch:
                 left.unlink()
         for log in (out / "log.jsonl", out / "fid.jsonl"):
             if log.exists():  # what came after this step is about to be trained again
-                scored = state.best["last"] if state.best else state.step - 1  # this step: scored again
+                # without a best this step will be scored again
+                scored = state.best["last"] if state.best else state.step - 1
                 last = scored if log.stem == "fid" else state.step
                 lines = [line for line in read_lines(log) if line["step"] <= last]
                 write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
@@ -1903,8 +1917,8 @@ class Watch:
         self.bar.close()
 
     def finished(self, state):
-        """Say so in status.json where a kill after the last save left another word."""
-        if read_or_empty(self.run.out / "status.json").get("state") == "running":
+        """Say so in status.json where what came after the last save left another word."""
+        if read_or_empty(self.run.out / "status.json").get("state") != "finished":
             with contextlib.suppress(OSError):  # all else is done
                 write_status(self.run, state, "finished")
 
@@ -1997,7 +2011,7 @@ def train(run, state, watch, signals):
             watch.grid(state)
         scored = track_fid(run, state, watch)
         number = signals.agreed()
-        if not scored and (state.step % args.save_every == 0 or over(run, state) or number):
+        if not scored and (state.step % args.save_every == 0 or last or number):
             save(run, state)
     return 0 if over(run, state) else number
 
@@ -2068,7 +2082,7 @@ def find_precision(name, device):
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     capable = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return "bf16" if capable.get("avx512_bf16") or capable.get("amx_bf16") else "off"
 
@@ -2162,12 +2176,14 @@ def main():
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
         # where the others wait while the first scores: a FID of many images outlasts the usual half hour
         run = replace(run, group=dist.new_group(backend="gloo", timeout=timedelta(hours=4)))
+        run = replace(run, amp=run.on_first(lambda: run.amp))  # the nodes' hardware may differ
     try:
         state = make_state(run)
     except (RuntimeError, MemoryError, OverflowError) as error:
         if not out_of_memory(error) and "overflow" not in str(error):
             raise
-        fail(f"networks of --width {args.width} do not fit into memory: take a smaller one")
+        fail(f"networks of --width {args.width}, --width-d {args.width_d}, --latent-dim {args.latent_dim} do "
+             "not fit into memory: take smaller ones")
     watch = Watch(run) if run.rank == 0 else Mute()
     saved, path = run.on_first(watch.open)  # RUN need not be visible on every node
     if saved is not None:

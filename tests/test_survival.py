@@ -339,6 +339,18 @@ def test_nohup_is_respected(shapes, tmp_path):
     process.communicate()
 
 
+def test_killed_as_it_clears_a_run_away(trained, shapes, tmp_path):
+    """By --resume never: what the kill left is still known as a run's."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    command = ("--data", shapes, "--out", run, *TINY, "--resume", "never", "--max-steps", "2")
+    call(sys.executable, "-c", """import os, pathlib, train
+unlink = pathlib.Path.unlink
+pathlib.Path.unlink = lambda self, **more: os._exit(9) if self.name == "checkpoint.pt" else unlink(self, **more)
+train.main()""", *command, cwd=ROOT, status=9)
+    assert (run / "checkpoint.pt").exists() and not (run / "log.jsonl").exists()
+    assert "finished 2 steps" in call("train.py", *command).stdout
+
+
 def test_a_folder_of_somebody_elses_is_left_alone(shapes, tmp_path):
     for name, more in (("log.jsonl", ()), ("checkpoint.pt", ()), ("best.pt", ("config.json",)), ("lock", ())):
         out = tmp_path / name.replace(".", "-")

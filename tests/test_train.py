@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import errno
 import json
 import math
 import os
@@ -421,7 +422,9 @@ def test_called_again_it_does_nothing_and_more_epochs_go_on(trained, shapes, tmp
     run = shutil.copytree(trained, tmp_path / "run")
     options = ("--data", shapes, "--out", run, "--condition", "label", *TINY)
     before = (run / "checkpoint.pt").read_bytes()
+    (run / "status.json").write_text('{"state": "failed"}')  # in what came after the last save
     assert "already" in call("train.py", *options, "--epochs", "3").stdout
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert (run / "checkpoint.pt").read_bytes() == before
     assert "going on" in call("train.py", *options, "--epochs", "4").stdout
     assert log_of(run)[-1]["step"] == 64 and json.loads((run / "status.json").read_text())["state"] == "finished"
@@ -556,6 +559,40 @@ def test_files_from_before_an_option_are_read(tmp_path):
         train.check_same(t.run, saved, "checkpoint.pt")
 
 
+def test_a_longer_run_says_that_its_courses_are_others(tmp_path, capsys):
+    t = trainer(tmp_path, "--lr-g", "2e-4:2e-5", "--epochs", "9")
+    saved = {"format": train.FORMAT, "options": dict(vars(t.run.args)), "model": t.run.model, "best": None, "fingerprint": ""}
+    train.check_same(t.run, saved, "x.pt")
+    assert not capsys.readouterr().err
+    saved["options"]["epochs"] = 2
+    train.check_same(t.run, saved, "x.pt")
+    said = capsys.readouterr().err
+    assert said == "note: x.pt was to end after 2 epochs: from here on --lr-g 0.0002:2e-05 takes the course of 9\n"
+    for more in (("--lr-g", "2e-4"), ("--lr-g", "2e-4:2e-5", "--burn-in", "100")):
+        t = trainer(tmp_path, "--epochs", "9", *more)
+        train.check_same(t.run, saved | {"options": vars(t.run.args) | {"epochs": 2}}, "x.pt")
+        assert not capsys.readouterr().err
+
+
+def test_words_that_are_not_there_are_not_attended_to(tmp_path, capsys):
+    trainer(tmp_path)
+    meta = tmp_path / "data16" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"text_encoder": "some-model"}))
+    np.save(tmp_path / "data16" / "embeddings.npy", np.zeros((64, 2, 8), np.float32))
+    trainer(tmp_path, "--condition", "text")
+    with pytest.raises(SystemExit, match="2"):
+        trainer(tmp_path, "--condition", "text", "--attention")
+    assert "--attention: " in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_start(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(train, "lock", full)
+    with pytest.raises(SystemExit, match="1"):
+        train.Watch(trainer(tmp_path).run).open()
+
+
 def test_clipping_bounds_the_gradient(tmp_path, monkeypatch):
     t = trainer(tmp_path, "--amp", "off", "--clip-grad", "0.01")
     seen = []
@@ -677,12 +714,14 @@ def test_two_processes(shapes, tmp_path):
     watched = tmp_path / "watched.py"
     watched.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, train
+train.find_precision = lambda name, device: "bf16" if train.os.environ["RANK"] == "1" else "off"  # unlike nodes
 save = train.save
 def saved(run, state):
     mine = torch.cat([state.G.weights, state.D.weights])
     both = [torch.empty_like(mine) for _ in range(2)]
     train.dist.all_gather(both, mine)
     (run.out / "same").write_text(str(torch.equal(*both)))
+    (run.out / f"amp{run.rank}").write_text(run.amp)
     save(run, state)
 train.save = saved
 train.main()
@@ -692,6 +731,7 @@ train.main()
     lines = log_of(tmp_path / "two")
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert (tmp_path / "two" / "same").read_text() == "True", "both processes hold the same weights"
+    assert [(tmp_path / "two" / f"amp{rank}").read_text() for rank in (0, 1)] == ["off", "off"], "those of the first"
     assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
     assert 0 < lines[-1]["acc_real"] <= 1
 
@@ -876,6 +916,7 @@ def test_refusals(shapes, trained, tmp_path, capsys):
     base = ("train.py", "--data", shapes, "--condition", "label", *TINY)
     refused(*base, "--out", mine, "--resume", run / "checkpoint.pt", naming=["--out", "log.jsonl"])
     assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+    refused(*base, "--out", run, "--epochs", "9", "--resume", trained / "checkpoint.pt", naming="a checkpoint of its own")
     refused(*base, "--out", out, "--resume", run / "generator.pt", naming="generator.pt: no checkpoint")
     assert not out.exists()
     (tmp_path / "file").write_text("")
