@@ -721,7 +721,7 @@ def saved(run, state):
     both = [torch.empty_like(mine) for _ in range(2)]
     train.dist.all_gather(both, mine)
     (run.out / "same").write_text(str(torch.equal(*both)))
-    (run.out / f"amp{run.rank}").write_text(run.amp)
+    (run.out / f"amp{{run.rank}}").write_text(run.amp)
     save(run, state)
 train.save = saved
 train.main()
