@@ -290,7 +290,7 @@ def is_plain(path):
     with Image.open(path) as image:
         turned = image.getexif().get(0x0112, 1) != 1
         odd = turned or image.has_transparency_data or image.info.get("icc_profile")
-        return image.mode in ("RGB", "L") and not odd
+        return image.mode in ("1", "L", "P", "RGB", "CMYK") and not odd
 
 
 def digest_of(images, indices, name):
@@ -498,7 +498,7 @@ def nearest(x, y, k, what, own=False):
 def choose(distance, x, y, k):
     """Exact distances (b, k) of x to the nearest of y, their rows, and the last distance (b,) looked at.
 
-    Of the k + SPARE candidates that are nearest by distance (b, m); the last is endless where these are all.
+    Of the k + SPARE candidates that are nearest by distance (b, m); it is infinite where none is left out.
     """
     near = distance.topk(min(k + SPARE, len(y)), largest=False)
     exact = (x[:, None].double() - y[near.indices].double()).norm(dim=2)
@@ -549,7 +549,7 @@ def inception_score(features, classes, splits=10):
     Without the classifier's bias, as TensorFlow's original has it.
     """
     order, scores = torch.from_numpy(np.random.default_rng(0).permutation(len(features))), []
-    for rows in order.chunk(splits):
+    for rows in order.tensor_split(min(splits, len(order))):
         log_p = (torch.from_numpy(features[rows.numpy()]).double() @ classes.T.cpu().double()).log_softmax(1)
         scores.append((log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1).mean().exp().item())
     return mean_and_std(scores)
@@ -588,7 +588,10 @@ def shrink(images, indices, size, channels):
     """Those at indices of images as open_images returns them -> float (n, channels, s, s), s 32 or size."""
     parts = []
     for part in np.array_split(indices, max(1, len(indices) // 500)):
-        x = torch.from_numpy(pixels_at(images, part)[..., :channels]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.from_numpy(pixels_at(images, part)).float()
+        if channels == 1:  # as Pillow makes gray of colours
+            pixels = pixels @ torch.tensor([[0.299], [0.587], [0.114]])
+        x = pixels.permute(0, 3, 1, 2) / 127.5 - 1
         parts.append(F.interpolate(x, size=min(size, 32), mode="area"))
     return torch.cat(parts)
 
@@ -633,7 +636,7 @@ def class_figures(data, generated):
     """
     meta, n = data.meta, len(generated)
     labels = np.array(data.array("labels") if meta["classes"] else [], np.int64)
-    present, truth = np.unique(labels, return_inverse=True)  # all may have been held out of one
+    present, truth = np.unique(labels, return_inverse=True)  # of one all images may be held out
     base, channels = meta.get("stacked", len(present)), 3 if "stacked" in meta else 1
     classes = base ** channels
     if classes < 2 or n < classes:
@@ -741,7 +744,7 @@ def attribute_rates(conditions, fake, images, captions, told, held_out=()):
     on_real = hits(x[:held], truth[:held]).mean(0)
     expected = true_of(held_out or captions)[[condition["row"] for condition in conditions]]
     on_fake = hits(shrink(fake, range(len(conditions)), size, channels), expected)
-    tenths = torch.stack([part.mean(0) for part in on_fake.chunk(10)])
+    tenths = torch.stack([part.mean(0) for part in on_fake.tensor_split(min(10, len(on_fake)))])
     rates = {}
     for i, name in enumerate([*names, "all"]):
         rate = float(on_fake[:, i].mean()), float(tenths[:, i].std())
@@ -1024,9 +1027,10 @@ def write_report(run, path, metrics, config, galleries=()):
     log, status = read_lines(run / "log.jsonl") + read_lines(run / "fid.jsonl"), read_status(run)
     record, grids = metrics.get("samples", {}), sorted((run / "grids").glob("step_*.png"))
     samples = ", ".join(f"{k} {v}" for k, v in record.items()
-                        if k in ("num", "seed", "step", "temperature", "truncation") and v is not None)
+                        if k in ("num", "seed", "step", *DRAWN_AS) and v not in (None, False, []))
     rows = [("measure", "value", "generated", "real", "protocol"), *figure_rows(metrics)]
-    captions, walk = run / "captions.png", run / "interpolation.webp"
+    captions, walk = ([run / name] * ("images" not in metrics and (run / name).exists())
+                      for name in ("captions.png", "interpolation.webp"))
     changed = config.get("changed", {})
     others = {k: v for k, v in config.get("options", {}).items() if k not in changed and v is not None}
 
@@ -1040,9 +1044,9 @@ def write_report(run, path, metrics, config, galleries=()):
         ("Measures", "", [rows] + [f"Samples: {samples}."] * bool(samples)),
         ("Generated beside real", "side", [(grid, "generated") for grid in grids[-1:]]
          + [(run / "grids" / "real.png", "real")] * bool(grids)),
-        ("Generated, real, and the caption of both", "plot", [captions] * captions.exists()),
+        ("What was drawn for each caption, and its real image if it has one", "plot", captions),
         *((heading, "gallery", items) for heading, items in galleries),
-        ("From latent to latent", "small", [walk] * walk.exists()),
+        ("From latent to latent", "small", walk),
         ("Training", "plot", [plot_curves(log)] if log else []),
         ("Options that differ from the defaults", "", options(changed)),
         ("The others", "", options(others))]))
@@ -1052,7 +1056,7 @@ def track(run, config, metrics):
     """The figures of a run, to the trackers that train.py wrote its curves to."""
     trackers = config["options"].get("tracker") or []
     values = {f"evaluate/{key}": entry["value"] for key, entry in figures_of(metrics).items()}
-    step = read_status(run)["step"]
+    step = metrics.get("samples", {}).get("step") or read_status(run)["step"]
     try:
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
@@ -1265,13 +1269,13 @@ def score_captions(conditions, generated, fake, real, network, data, device, hel
 def odd_pictures(images):
     """A warning, or none, of what open_images returns: files that pytorch-fid would read otherwise."""
     odd = [file for file in images if not is_plain(file)] if isinstance(images, list) else []
-    return [f"{len(odd)} of {len(images)} pictures in {odd[0].parent} are not plain 8-bit RGB or gray "
-            f"({odd[0].name}): read upright, on white if transparent, in sRGB, which pytorch-fid would not do"
+    return [f"{len(odd)} of {len(images)} pictures in {odd[0].parent} are turned, transparent, of 16 bits or "
+            f"with a colour profile ({odd[0].name}): read as a viewer shows them, not as pytorch-fid would"
             ] if odd else []
 
 
 def other_size(generated, real):
-    """A warning, or none, of images as open_images returns them: the first two differ in size."""
+    """A warning, or none, where the first image of one set has another size than that of the other."""
     if isinstance(generated, dict) or isinstance(real, dict):
         return []
     one, other = ("×".join(map(str, pixels_at(images, [0]).shape[2:0:-1])) for images in (generated, real))
@@ -1281,7 +1285,10 @@ def other_size(generated, real):
 
 def captions_drawn(images, count):
     """(what sample.py drew each of so many images for, [] without captions; warnings)."""
-    conditions = read_lines(f"{images}.jsonl")
+    try:
+        conditions = read_lines(f"{Path(images).resolve()}.jsonl")
+    except ValueError:
+        return [], [f"{images}.jsonl is not of sample.py: captions are not looked at"]
     if not conditions or "caption" not in conditions[0]:
         return [], []
     if len(conditions) != count:
@@ -1296,7 +1303,7 @@ def score_images(args, images, run, config, record):
     reference = open_images("--reference", args.reference) if args.reference else None
     data = None if args.reference else Data(args.data or config["options"]["data"])
     if data:
-        real_count(data, args.num_real, args.floor)  # before any work
+        real_count(data, args.num_real, args.floor), data.array("images")  # before any work
     conditions, warned = captions_drawn(images, len(generated))
     if args.clip and not conditions:
         fail("--clip: " + (warned[0] if warned else f"{images} has no captions beside it (sample.py writes "
@@ -1319,6 +1326,8 @@ def score_images(args, images, run, config, record):
         heading = f"The {GALLERY} samples that come closest to real images in Inception's features, and these"
         entries = [(i, real["rows"][near], f"sample {i}, and real ones") for i, near in closest]
         galleries.append(gallery(heading, generated, data.array("images"), entries))
+    if record.get("labels"):
+        warned.append(f"drawn of the classes {record['labels']} alone: the FID compares them with all images")
     if conditions and "row" not in conditions[0]:
         warned.append("drawn for captions of your own choice: the FID compares them with all of the data, "
                       "and how well they match is not measured")
@@ -1351,9 +1360,10 @@ def score_images(args, images, run, config, record):
 
 
 def training_warnings(status, total, drawn, replaced):
-    """Of a run at status["step"] of so many steps: what may surprise of samples drawn at a step.
+    """Warnings that training has not finished, or that the samples are of an earlier generator.
 
-    replaced: whether generator.pt is another than drew them.
+    total: steps of the whole training; drawn: that of the generator which drew them; replaced: whether
+    generator.pt is another.
     """
     step, warned = status["step"], []
     if step is not None and status["state"] != "finished":
@@ -1390,7 +1400,7 @@ def score(args):
     samples = Path(args.images) if args.images else max(drawn, key=os.path.getmtime, default=None)
     if samples is None:
         fail(f"{run / names[0]} is not there: python sample.py --run {run} --num 2048")
-    record = read_or_empty(run / "texts.json" if texts else f"{samples}.json")
+    record = read_or_empty(run / "texts.json" if texts else f"{samples.resolve()}.json")
     others = others_of(args, config, [(run / name).resolve() for name in names]) if run else {}
     suffix = "".join("-" + re.sub(r"[^\w.-]", "_", Path(path).resolve().name) for path in others.values())
     target = args.out or (run / f"metrics{suffix}.json" if run else None)

@@ -247,21 +247,22 @@ def find_conditions(args, saved, folder):
         return *label_conditions(args, saved), None
     if args.told:
         return *given_captions(args, saved), None
-    data = data_of(args.data, folder, saved["vocabulary"])
+    data = data_of(args.data, folder, saved)
     if data is None:
         fail("no captions to draw: name the training data with --data, or captions with --text")
     return *captions_of_data(args.seed, saved, data, args.held_out), data
 
 
-def data_of(named, folder, vocabulary):
+def data_of(named, folder, saved):
     """DATA as named, or that of the config.json beside the generator; None where it is not there any more."""
     place = named
     if named is None and (folder / "config.json").exists():
         place = read_json(folder / "config.json").get("options", {}).get("data", "")
         place = place if (Path(place) / "meta.json").exists() else None
     data = Data(place) if place else None
-    if data and data.meta["vocabulary"] != vocabulary:
-        return None if named is None else fail(f"--data {named}: another vocabulary than the generator's")
+    if data and any(data.meta.get(key) != saved.get(key) for key in ("vocabulary", "text_encoder")):
+        return None if named is None else fail(
+            f"--data {named}: another vocabulary or --text-encoder than the generator's")
     return data
 
 
@@ -281,7 +282,7 @@ def generate(generator, z, conditions, dial, device):
 
 
 class Written:
-    """FOLDER/sample.sha256, for `sha256sum -c`: what sample.py wrote there, and alone may replace."""
+    """FOLDER/sample.sha256, for `sha256sum -c`: the files that sample.py wrote, and may replace."""
 
     def __init__(self, folder):
         self.folder, self.path = folder, folder / "sample.sha256"
@@ -410,7 +411,7 @@ def write_film(run):
 # ---- for other programs ----------------------------------------------------------------------------------
 
 class Drawing(nn.Module):
-    """z (B, noise_dim), condition -> images (B, H, W, C) in [0, 1]; times 255, rounded, sample.py's own."""
+    """z (B, noise_dim), condition -> images (B, H, W, C) in [0, 1]; rounded times 255 sample.py's pixels."""
 
     def __init__(self, generator, dial):
         super().__init__()
@@ -606,8 +607,9 @@ def explored(args, saved, folder):
         return [(told[0], [f"--text={told[0]}"], encode_texts([told], saved)) for told in args.told]
     conditions, note, _ = find_conditions(args, saved, folder)
     rows = {note(i)["caption"]: conditions([i]) for i in range(10 * ROWS)}
-    if kind == "text":  # as --text has them: no padding, and one of its words is known
-        rows = {text: ids[:, :(ids > 0).sum()].long() for text, ids in rows.items() if (ids > 1).any()}
+    if kind == "text":  # as --text has them: whole, no padding, and one of its words is known
+        rows = {text: ids[:, :(ids > 0).sum()].long() for text, ids in rows.items()
+                if (ids > 1).any() and len(words_of(text)) <= ids.shape[1]}
     return [(text, [f"--text={text}"], condition) for text, condition in list(rows.items())[:ROWS]]
 
 
@@ -617,13 +619,13 @@ def explore(args, generator, saved, folder, device):
     written.check(out)
     z = latents(args.seed, range(4), generator.noise_dim)
     shares = [i / (PLANE - 1) for i in range(PLANE)]
-    side = saved["model"]["sizes"][-1]  # beyond 32 not bit for bit, beyond 128 reduced, or the page is large
     for name, options, condition in tqdm(explored(args, saved, folder), unit="row", disable=None):
         sheets = []
         for level in LEVELS:
             corners = truncated(z, level) if level else z
             points = torch.stack([in_plane(corners, x, y) for y in shares for x in shares])
             pixels = generate(generator, points, condition, saved["dial"], device)
+            side = pixels.shape[1]  # to keep the page small over 32 are stored lossy, over 128 reduced
             sheet = make_grid(pixels, PLANE).reduce(-(-side // 128))
             sheet = encode(sheet, "WEBP", lossless=side <= 32, quality=90)
             sheets.append(f"data:image/webp;base64,{base64.b64encode(sheet).decode()}")
@@ -656,7 +658,7 @@ def write_texts(args, generator, saved, digest, folder, device):
         texts += to_texts(tokens, {"vocabulary": saved["vocabulary"], "level": saved["text_level"]})
     record = {"num": args.num, "seed": args.seed, "temperature": temperature, "generator": digest,
               "step": saved["step"]}
-    data = data_of(args.data, folder, saved["vocabulary"])
+    data = data_of(args.data, folder, saved)
     if data:
         held_out = torch.from_numpy(data.array("held_out").astype(np.int64))
         with torch.inference_mode():
@@ -665,6 +667,7 @@ def write_texts(args, generator, saved, digest, folder, device):
         record |= {"nll": (losses * counts).sum().item() / counts.sum().item(), "nll_texts": len(held_out)}
     else:
         print("sample.py: no likelihood of held-out texts: name the data with --data", file=sys.stderr)
+    out.with_suffix(".json").unlink(missing_ok=True)
     written.write(out, "".join(text + "\n" for text in texts[:args.num]))
     written.write(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     print(f"{out}: {plural(args.num, 'text')} of step {saved['step']}")
@@ -689,6 +692,8 @@ def write_pictures(args, generator, saved, digest, folder, device):
     out = find_out(args, folder)
     # beside images/, so that images/ holds nothing but PNGs
     record, notes = (out.with_name(out.name + suffix) for suffix in (".json", ".jsonl"))
+    if out.suffix != ".npz" and args.num > 10 ** 6:
+        fail(f"--num {args.num}: the names of a folder's images end at 999999.png; --out NAME.npz takes more")
     folder, written = out.parent, Written(out.parent)
     request = {"num": args.num, "seed": args.seed, "labels": args.labels, "truncation": args.truncation,
                "at": args.at, "text": [text for text, _ in args.told],

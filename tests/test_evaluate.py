@@ -152,6 +152,7 @@ def test_inception_score_worked_out():
     assert evaluate.inception_score(sure, classes, splits=1)[0] == pytest.approx(4, rel=1e-4)
     for n in (2, 11, 20):
         assert evaluate.inception_score(np.zeros((n, 8), np.float32), classes)[0] == pytest.approx(1)
+    assert evaluate.inception_score(sure[:64], classes)[1] < 0.8, "no part of one image, whose score is 1"
 
 
 def test_matching_against_worked_out_cases():
@@ -530,3 +531,22 @@ def test_folders_are_read_as_data_is(tmp_path):
     assert np.array_equal(seen("clear"), np.concatenate([np.full((4, 12, 3), 255), pixels[4:]]))
     plain = {name: evaluate.is_plain(tmp_path / f"{name}.png") for name in ("plain", "gray", "turned", "clear", "deep")}
     assert plain == {"plain": True, "gray": True, "turned": False, "clear": False, "deep": False}
+    for mode in ("P", "1", "CMYK"):
+        Image.fromarray(pixels).convert(mode).save(tmp_path / f"{mode}.tif")
+        assert evaluate.is_plain(tmp_path / f"{mode}.tif")
+        as_pillow = np.asarray(Image.open(tmp_path / f"{mode}.tif").convert("RGB"))
+        assert np.array_equal(evaluate.pixels_at([tmp_path / f"{mode}.tif"], [0])[0], as_pillow)
+
+
+def test_a_foreign_list_of_captions_is_no_traceback(tmp_path):
+    (tmp_path / "photos.jsonl").write_text("{'file': 'a'}\n")
+    found, [said] = evaluate.captions_drawn(tmp_path / "photos", 2)
+    assert not found and "photos.jsonl is not of sample.py" in said
+
+
+def test_colours_beside_gray_are_seen_as_gray():
+    """Blue is a dark gray, as Pillow has it, not black."""
+    blue = np.zeros((2, 8, 8, 3), np.uint8) + np.uint8([0, 0, 255])
+    gray = np.asarray(Image.fromarray(blue[0]).convert("L"))[None, :, :, None]
+    assert torch.allclose(evaluate.shrink(blue, range(2), 8, 1), evaluate.shrink(gray, [0, 0], 8, 1), atol=0.01)
+    assert torch.equal(evaluate.shrink(blue, range(2), 8, 3)[0, :, 0, 0], torch.tensor([-1.0, -1, 1]))

@@ -75,6 +75,13 @@ def captioned(shapes, tmp_path_factory):
     return run
 
 
+def test_data_of_another_text_encoder_is_refused(captioned, shapes, tmp_path):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | {"text_encoder": "another"}))
+    refused("sample.py", "--run", captioned, "--data", data, naming=["--data", "--text-encoder"])
+
+
 def test_text(captioned, tmp_path):
     told = ["a large red circle on a black background", "a small blue star on a white background"]
     (tmp_path / "lines.txt").write_text(f"{told[1]}\n\n")
@@ -150,6 +157,7 @@ def test_labels(generator, tmp_path):
     assert all(np.array_equal(a[n], b[n]) for n in a)
     assert np.array_equal(a["000002.png"], c["000002.png"]) and not np.array_equal(a["000001.png"], c["000001.png"])
     refused("sample.py", "--run", generator, "--labels", "dragon", naming=["--labels", "dragon", "red circle"])
+    refused("sample.py", "--run", generator, "--num", "1000001", naming=["--num 1000001", ".npz"])
 
 
 def test_classes_are_drawn_as_often_as_they_are_there():
