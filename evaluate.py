@@ -290,7 +290,7 @@ def is_plain(path):
     with Image.open(path) as image:
         turned = image.getexif().get(0x0112, 1) != 1
         odd = turned or image.has_transparency_data or image.info.get("icc_profile")
-        return image.mode in ("1", "L", "P", "RGB", "CMYK") and not odd
+        return not odd and not image.mode.startswith(("I", "F"))
 
 
 def digest_of(images, indices, name):
@@ -1027,7 +1027,7 @@ def write_report(run, path, metrics, config, galleries=()):
     log, status = read_lines(run / "log.jsonl") + read_lines(run / "fid.jsonl"), read_status(run)
     record, grids = metrics.get("samples", {}), sorted((run / "grids").glob("step_*.png"))
     samples = ", ".join(f"{k} {v}" for k, v in record.items()
-                        if k in ("num", "seed", "step", *DRAWN_AS) and v not in (None, False, []))
+                        if k in ("num", "seed", "step") or k in DRAWN_AS and v)
     rows = [("measure", "value", "generated", "real", "protocol"), *figure_rows(metrics)]
     captions, walk = ([run / name] * ("images" not in metrics and (run / name).exists())
                       for name in ("captions.png", "interpolation.webp"))
@@ -1285,14 +1285,15 @@ def other_size(generated, real):
 
 def captions_drawn(images, count):
     """(what sample.py drew each of so many images for, [] without captions; warnings)."""
+    path = f"{Path(images).resolve()}.jsonl"
     try:
-        conditions = read_lines(f"{Path(images).resolve()}.jsonl")
+        conditions = read_lines(path)
     except ValueError:
-        return [], [f"{images}.jsonl is not of sample.py: captions are not looked at"]
+        return [], [f"{path} is not of sample.py: captions are not looked at"]
     if not conditions or "caption" not in conditions[0]:
         return [], []
     if len(conditions) != count:
-        return [], [f"{images}.jsonl tells of {plural(len(conditions), 'image')}, and here are {count}: how "
+        return [], [f"{path} tells of {plural(len(conditions), 'image')}, and here are {count}: how "
                     "well they match their captions is not measured"]
     return conditions, []
 
@@ -1303,7 +1304,8 @@ def score_images(args, images, run, config, record):
     reference = open_images("--reference", args.reference) if args.reference else None
     data = None if args.reference else Data(args.data or config["options"]["data"])
     if data:
-        real_count(data, args.num_real, args.floor), data.array("images")  # before any work
+        real_count(data, args.num_real, args.floor)  # before any work
+        data.array("images")
     conditions, warned = captions_drawn(images, len(generated))
     if args.clip and not conditions:
         fail("--clip: " + (warned[0] if warned else f"{images} has no captions beside it (sample.py writes "
@@ -1326,8 +1328,8 @@ def score_images(args, images, run, config, record):
         heading = f"The {GALLERY} samples that come closest to real images in Inception's features, and these"
         entries = [(i, real["rows"][near], f"sample {i}, and real ones") for i, near in closest]
         galleries.append(gallery(heading, generated, data.array("images"), entries))
-    if record.get("labels"):
-        warned.append(f"drawn of the classes {record['labels']} alone: the FID compares them with all images")
+    if run and data and record.get("labels"):
+        warned.append(f"drawn of the classes {record['labels']}: the FID compares them with all of {source}")
     if conditions and "row" not in conditions[0]:
         warned.append("drawn for captions of your own choice: the FID compares them with all of the data, "
                       "and how well they match is not measured")

@@ -243,7 +243,7 @@ stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
         real=()
     }
     [ "$have" -ge "$batch" ] || [[ " $*" == *" --batch-size"* ]] || {
-        say "run_all.sh: the batch is all $have of them, not $batch"
+        say "run_all.sh: $data has $have images: they are the batch, not $batch"
         train+=(--batch-size "$have")
     }
 }

@@ -610,6 +610,8 @@ def explored(args, saved, folder):
     if kind == "text":  # as --text has them: whole, no padding, and one of its words is known
         rows = {text: ids[:, :(ids > 0).sum()].long() for text, ids in rows.items()
                 if (ids > 1).any() and len(words_of(text)) <= ids.shape[1]}
+        if not rows:
+            fail("--explore: prepare_data.py has cut all captions looked at: name some with --text")
     return [(text, [f"--text={text}"], condition) for text, condition in list(rows.items())[:ROWS]]
 
 

@@ -1651,8 +1651,10 @@ def save_generator(run, state, name):
 def find_checkpoint(run):
     """The checkpoint to go on from as (dict, path), or (None, None) for a fresh start."""
     asked, latest, errors = run.args.resume, run.out / "checkpoint.pt", []
-    paths = {"never": [], "auto": [latest, run.out / "checkpoint.prev.pt"]}.get(asked, [Path(asked)])
-    if asked not in ("never", "auto") and latest.exists() and paths[0].parent.resolve() != run.out.resolve():
+    own = [latest, run.out / "checkpoint.prev.pt"]
+    paths = {"never": [], "auto": own}.get(asked, [Path(asked)])
+    if (asked not in ("never", "auto") and any(path.exists() for path in own)
+            and paths[0].parent.resolve() != run.out.resolve()):
         fail(f"--resume {asked}: {run.out} has a checkpoint of its own: go on from that with --resume auto, "
              "or name another --out")
     for path in paths:
@@ -1781,8 +1783,8 @@ class Watch:
         config = describe(run, state, run_id)
         self.trackers = Trackers(run.args.tracker, out, run_id, state.step, config)  # or one line why not
         if not path:  # a fresh start leaves nothing of an earlier run
-            keep = {"config.json"}  # by which the rest is known as a run's, should this be killed
-            keep |= set() if run.args.resume == "never" else {"generator.pt", "error.pt"}
+            keep = ["config.json"]  # by which the rest is known as a run's, should this be killed
+            keep += [] if run.args.resume == "never" else ["generator.pt", "error.pt"]
             for old in [*(out / name for name in WRITTEN if name not in keep), *out.glob("grids/step_*")]:
                 old.unlink(missing_ok=True)
         for name in (*WRITTEN, "grids/*"):  # what a kill left half written
@@ -1918,7 +1920,8 @@ class Watch:
 
     def finished(self, state):
         """Say so in status.json where what came after the last save left another word."""
-        if read_or_empty(self.run.out / "status.json").get("state") != "finished":
+        named = read_or_empty(self.run.out / "status.json").get("state")
+        if named != "finished" and state.step <= self.run.total:  # or the call asked for less
             with contextlib.suppress(OSError):  # all else is done
                 write_status(self.run, state, "finished")
 
@@ -2182,8 +2185,7 @@ def main():
     except (RuntimeError, MemoryError, OverflowError) as error:
         if not out_of_memory(error) and "overflow" not in str(error):
             raise
-        fail(f"networks of --width {args.width}, --width-d {args.width_d}, --latent-dim {args.latent_dim} do "
-             "not fit into memory: take smaller ones")
+        fail("the networks do not fit into memory: take a smaller --width, --width-d or --latent-dim")
     watch = Watch(run) if run.rank == 0 else Mute()
     saved, path = run.on_first(watch.open)  # RUN need not be visible on every node
     if saved is not None:

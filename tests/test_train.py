@@ -585,6 +585,13 @@ def test_words_that_are_not_there_are_not_attended_to(tmp_path, capsys):
     assert "--attention: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("capability, precision", [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_precision_is_that_of_the_gpu_asked_for(capability, precision, monkeypatch):
+    asked = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {asked: capability}[device])
+    assert train.find_precision("auto", asked) == precision
+
+
 def test_a_full_disk_at_the_start(tmp_path, monkeypatch):
     def full(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
