@@ -73,7 +73,10 @@ def test_characters_captions_and_folders(tmp_path, data):
     refused("prepare_data.py", "text", "--root", data / "tokens.npy", "--out", tmp_path / "x", naming="not UTF-8 text")
     refused("prepare_data.py", "text", "--out", tmp_path / "x", naming="--root")
     refused("prepare_data.py", "text", "--root", texts / "b.txt", "--out", tmp_path / "x", naming=["b.txt", "20"])
-    refused("prepare_data.py", "text", "--root", texts / "a.jsonl", "--length", "1", "--out", tmp_path / "x", naming="2 or more")
+    refused("prepare_data.py", "text", "--root", texts / "a.jsonl", "--length", "1", "--out", tmp_path / "x",
+            naming=["--length", "at least 2"])
+    (tmp_path / "words.txt").write_text("".join(f"word{i}\n" for i in range(30)))
+    refused("prepare_data.py", "text", "--root", tmp_path / "words.txt", "--out", tmp_path / "x", naming="2 or more")
     (texts / "c.jsonl").write_text("[]\n")
     refused("prepare_data.py", "text", "--root", texts, "--out", tmp_path / "x", naming="c.jsonl")
     refused("prepare_data.py", "shapes", "--length", "5", "--out", tmp_path / "x", naming="--length")
