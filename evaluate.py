@@ -1301,11 +1301,10 @@ def captions_drawn(images, count):
 def score_images(args, images, run, config, record):
     """FID and what comes of the same pass: (metrics, galleries of the report). record: sample.py's."""
     generated = open_images("--images", images)
-    reference = open_images("--reference", args.reference) if args.reference else None
     data = None if args.reference else Data(args.data or config["options"]["data"])
     if data:
         real_count(data, args.num_real, args.floor)  # before any work
-        data.array("images")
+    reference = data.array("images") if data else open_images("--reference", args.reference)
     conditions, warned = captions_drawn(images, len(generated))
     if args.clip and not conditions:
         fail("--clip: " + (warned[0] if warned else f"{images} has no captions beside it (sample.py writes "
@@ -1327,7 +1326,7 @@ def score_images(args, images, run, config, record):
     if run and data and closest:
         heading = f"The {GALLERY} samples that come closest to real images in Inception's features, and these"
         entries = [(i, real["rows"][near], f"sample {i}, and real ones") for i, near in closest]
-        galleries.append(gallery(heading, generated, data.array("images"), entries))
+        galleries.append(gallery(heading, generated, reference, entries))
     if run and data and record.get("labels"):
         warned.append(f"drawn of the classes {record['labels']}: the FID compares them with all of {source}")
     if conditions and "row" not in conditions[0]:
@@ -1353,7 +1352,7 @@ def score_images(args, images, run, config, record):
     elif "precision" not in found:
         warned.append(f"no precision, recall, density, coverage: they take over {NEIGHBOURS} images each")
     warned += odd_pictures(generated) + odd_pictures(reference)
-    warned += other_size(generated, data.array("images") if data else reference)
+    warned += other_size(generated, reference)
     few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FULL_RANK]
     if few:
         warned.append(f"FID from {' and '.join(few)} images: under {FULL_RANK} the covariance is singular "

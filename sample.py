@@ -411,7 +411,7 @@ def write_film(run):
 # ---- for other programs ----------------------------------------------------------------------------------
 
 class Drawing(nn.Module):
-    """z (B, noise_dim), condition -> images (B, H, W, C) in [0, 1]; rounded times 255 sample.py's pixels."""
+    """z (B, noise_dim), condition -> images (B, H, W, C) in [0, 1]: sample.py's pixels over 255."""
 
     def __init__(self, generator, dial):
         super().__init__()
@@ -627,7 +627,7 @@ def explore(args, generator, saved, folder, device):
             corners = truncated(z, level) if level else z
             points = torch.stack([in_plane(corners, x, y) for y in shares for x in shares])
             pixels = generate(generator, points, condition, saved["dial"], device)
-            side = pixels.shape[1]  # to keep the page small over 32 are stored lossy, over 128 reduced
+            side = pixels.shape[1]  # over 32 stored lossy, over 128 reduced, or the page is large
             sheet = make_grid(pixels, PLANE).reduce(-(-side // 128))
             sheet = encode(sheet, "WEBP", lossless=side <= 32, quality=90)
             sheets.append(f"data:image/webp;base64,{base64.b64encode(sheet).decode()}")
