@@ -1653,10 +1653,11 @@ def find_checkpoint(run):
     asked, latest, errors = run.args.resume, run.out / "checkpoint.pt", []
     own = [latest, run.out / "checkpoint.prev.pt"]
     paths = {"never": [], "auto": own}.get(asked, [Path(asked)])
-    if (asked not in ("never", "auto") and any(path.exists() for path in own)
-            and paths[0].parent.resolve() != run.out.resolve()):
-        fail(f"--resume {asked}: {run.out} has a checkpoint of its own: go on from that with --resume auto, "
-             "or name another --out")
+    if paths and paths[0].parent.resolve() != run.out.resolve() and any(path.exists() for path in own):
+        if read_or_empty(run.out / "config.json").get("options", {}).get("resume") != asked:
+            fail(f"--resume {asked}: {run.out} has a checkpoint of its own: go on from that with --resume "
+                 "auto, or name another --out")
+        asked, paths = "auto", own  # the same command, called again
     for path in paths:
         if asked == "auto" and not path.exists():
             continue

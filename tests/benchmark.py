@@ -32,14 +32,14 @@ from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import evaluate  # noqa: E402
 import train  # noqa: E402
+from gpu_check import recipes  # noqa: E402
 
 DCGAN = ("--width", "64", "--batch-size", "64")  # the published network at 64×64
-RECIPE = ("--arch", "sngan", "--width", "16", "--width-d", "16", "--loss", "relativistic", "--r1", "0.1", "--r2", "0.1",
-          "--penalty-interval", "8", "--lr-g", "2e-3", "--lr-d", "1e-3", "--beta1", "0", "--beta2", "0.99", "--batch-size", "32",
-          "--ema-images", "20000", "--epochs", "1000")  # fashion-mnist's, to be stopped by the clock
+# recipes of run_all.sh at constant learning rates, to be stopped by the clock
+BY_THE_CLOCK = ("--lr-g", "2e-3", "--lr-d", "1e-3", "--epochs", "1000")
 WARM, STEPS = 4, 20  # steps before and in a timing
 
 
@@ -137,12 +137,13 @@ def drawn_by_tutorial(folder, images, meta, minutes, count):
     return paths
 
 
-def drawn_by_ours(folder, data, minutes, count):
-    """The same of train.py with RECIPE, stopped by a signal and called again: starting counts."""
+def drawn_by_ours(folder, data, recipe, minutes, count):
+    """The same of train.py with a recipe's options, stopped by a signal and called again: starting counts."""
     trained, paths = 0.0, []
     for minute in minutes:
         start = time.perf_counter()
-        command = [sys.executable, ROOT / "train.py", "--data", data, "--out", folder / "run", *RECIPE]
+        command = [sys.executable, ROOT / "train.py", "--data", data, "--out", folder / "run",
+                   *recipes()[recipe][1], *BY_THE_CLOCK]
         process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60 * minute - trained)
@@ -155,7 +156,7 @@ def drawn_by_ours(folder, data, minutes, count):
     return paths
 
 
-def quality(work, name, source, args):
+def quality(work, name, recipe, source, args):
     """{who: [[minute, FID], …]} of the tutorial and train.py, trained in turn, the floor, and n of all these."""
     data, folder = work / name, work / f"{name}-quality"
     call(sys.executable, ROOT / "prepare_data.py", *source, "--size", "32", "--out", data)
@@ -166,7 +167,7 @@ def quality(work, name, source, args):
     minutes = [m for m in (2, 5) if m < args.minutes] + [args.minutes]
     count = min(args.num, len(rows))
     paths = {"tutorial": drawn_by_tutorial(folder, folder / "png", meta, minutes, count),
-             "train.py": drawn_by_ours(folder, data, minutes, count)}
+             "train.py": drawn_by_ours(folder, data, recipe, minutes, count)}
 
     def curve(paths):
         return [[minute, evaluate.fid_against_data(np.load(path)["images"], data, count, torch.device("cpu"))]
@@ -291,10 +292,9 @@ def anonymous_memory(folder, data):
 def pictures(args, work):
     """The tutorial's FID over that of train.py after the same time, a ratio a set of images."""
     curves = {}
-    for name, source in (("fashion-mnist", ["fashion-mnist", "--root", args.fashion]),
-                         ("emoji", ["folder", "--root", args.emoji])):
-        if source[-1]:
-            curves[name] = quality(work, name, source, args)
+    for name, recipe, root in (("fashion-mnist", "fashion-mnist", args.fashion), ("emoji", "folder", args.emoji)):
+        if root:
+            curves[name] = quality(work, name, recipe, [recipe, "--root", root], args)
             print(name, json.dumps(curves[name]), flush=True)
     plot_quality(curves, ROOT / "docs" / "quality.png")
     Path(args.out).with_suffix(".quality.json").write_text(json.dumps(curves, indent=1) + "\n")

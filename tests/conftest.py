@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes import the same modules
+os.environ["PYTHONPYCACHEPREFIX"] = str(ROOT / ".pytest_cache" / "pycache")
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at once; read where torch is imported
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup: the tests go on, and the scripts take it
     signal.signal(signal.SIGHUP, lambda number, frame: None)

@@ -179,7 +179,20 @@ def test_images_of_one_caption_are_not_each_others_rivals():
     assert found["r_precision"]["value"] == 1 and found["cosine"]["n_generated"] == 120
 
 
-def test_attributes_are_seen(tmp_path):
+@pytest.fixture
+def fitted_once(monkeypatch):
+    """A network of the same images and truth is trained once."""
+    kept, fit = {}, evaluate.fit_classifier
+
+    def fit_once(x, truth, *more):
+        key = x.numpy().tobytes(), truth.numpy().tobytes(), str(more)
+        if key not in kept:
+            kept[key] = fit(x, truth, *more)
+        return kept[key]
+    monkeypatch.setattr(evaluate, "fit_classifier", fit_once)
+
+
+def test_attributes_are_seen(tmp_path, fitted_once):
     call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "32", "--num", "3000")
     images = np.load(tmp_path / "data" / "images.npy")
     notes = [{"row": i} for i in range(400)]
@@ -278,7 +291,7 @@ def test_classes_that_cannot_be_seen(tmp_path, quick):
     assert evaluate.class_figures(Data(tmp_path / "noise"), images) == ({}, ["no modes, KL of classes: the data has no classes"])
 
 
-def test_captions_held_out_of_training(tmp_path):
+def test_captions_held_out_of_training(tmp_path, fitted_once):
     """The real images and attributes of held-out conditions are the held-out ones, and the protocol says so."""
     call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "32", "--num", "3000", "--holdout", "0.1")
     data = Data(tmp_path / "data")
@@ -311,10 +324,13 @@ class Brightness:
         return [torch.nn.functional.pad(flat, (0, 2048 - flat.shape[1]))[:, :, None, None]]
 
 
-def test_real_images_against_others(tmp_path):
+def test_real_images_against_others(tmp_path, monkeypatch):
     """The floor of all of DATA is of its halves, and no image passes through the network twice; another network's are apart."""
     call("prepare_data.py", "shapes", "--out", tmp_path / "data", "--size", "8", "--num", "41")
     data, network = Data(tmp_path / "data"), Brightness("a")
+    whole = evaluate.frechet_distance  # of 2,000 dimensions of zeros it takes its time
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda *both: whole(
+        *({"mu": x["mu"][:48], "sigma": x["sigma"][:48, :48]} for x in both)))
     real = evaluate.real_statistics(network, data, None, True, "cpu")
     assert (real["n"], real["floor_n"], network.seen) == (41, 20, 41)
     order = np.random.default_rng(0).permutation(41)
@@ -327,7 +343,7 @@ def test_real_images_against_others(tmp_path):
 
 def test_equals_pytorch_fid(weights, tmp_path):
     """The same two folders, the same weights in pytorch-fid's own cache; and its statistics are read, and ours by it."""
-    a, b = folder_of(tmp_path / "a", 24, 0), folder_of(tmp_path / "b", 22, 40)
+    a, b = folder_of(tmp_path / "a", 12, 0), folder_of(tmp_path / "b", 10, 40)
     cache = tmp_path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     shutil.copy(weights, cache / os.path.basename(evaluate.fid_inception.FID_WEIGHTS_URL))
@@ -343,53 +359,53 @@ def test_equals_pytorch_fid(weights, tmp_path):
     expected = float(re.search(r"FID:\s*(\S+)", theirs(a, tmp_path / "b.npz")).group(1))
     metrics = ours(a, b)
     assert metrics["fid"]["value"] == pytest.approx(expected, rel=1e-3)
-    assert (metrics["fid"]["n_generated"], metrics["fid"]["n_real"]) == (24, 22)
-    assert "2048" in metrics["warnings"][0] and metrics["kid"]["n_real"] == 22
+    assert (metrics["fid"]["n_generated"], metrics["fid"]["n_real"]) == (12, 10)
+    assert "2048" in metrics["warnings"][0] and metrics["kid"]["n_real"] == 10
     metrics = ours(a, tmp_path / "b.npz")
     assert metrics["fid"]["value"] == pytest.approx(expected, rel=1e-3) and "kid" not in metrics
 
 
 def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
-    call("sample.py", "--run", run, "--num", "40", "--interpolate", "2", "--device", "cpu")
-    said = call("evaluate.py", "--run", run, "--num-real", "60", "--floor", "--device", "cpu").stdout
+    call("sample.py", "--run", run, "--num", "10", "--interpolate", "2", "--device", "cpu")
+    said = call("evaluate.py", "--run", run, "--num-real", "16", "--floor", "--device", "cpu").stdout
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["fid"]["n_generated"] == 40 and metrics["fid"]["n_real"] == 60
-    assert f"{metrics['fid']['value']:.2f}" in said and "generated 40, real 60" in said and "report.html" in said
+    assert metrics["fid"]["n_generated"] == 10 and metrics["fid"]["n_real"] == 16
+    assert f"{metrics['fid']['value']:.2f}" in said and "generated 10, real 16" in said and "report.html" in said
     assert 0 < metrics["floor"]["value"] < metrics["fid"]["value"]
     assert metrics["samples"]["seed"] == 0 and weights.name in metrics["fid"]["protocol"]
     assert not (run / "images.features").exists() and (shapes / "features").is_dir()
-    kept = np.load(shapes / "fid_60.npz")
+    kept = np.load(shapes / "fid_16.npz")
     assert kept["mu"].shape == (2048,) and kept["sigma"].shape == (2048, 2048)
     own = [(run / name).read_bytes() for name in ("metrics.json", "report.html")]
-    other = folder_of(tmp_path / "other set", 12, 40, 1)
+    other = folder_of(tmp_path / "other set", 6, 40, 1)
     (tmp_path / "other set.jsonl").write_text('{"caption": "a star", "row": 0}\n')
     real = tmp_path / "real"  # the same colours, of another size
     real.mkdir()
     for file in other.iterdir():
         Image.open(file).resize((48, 48)).save(real / file.name)
     told = call("evaluate.py", "--run", run, "--images", other, "--reference", real, "--device", "cpu").stdout
-    assert "other set.jsonl tells of 1 image, and here are 12" in told
+    assert "other set.jsonl tells of 1 image, and here are 6" in told
     assert "generated images of 1×1 pixels, real ones of 48×48" in told
     assert own == [(run / name).read_bytes() for name in ("metrics.json", "report.html")], "those of its own images and data"
     apart = json.loads((run / "metrics-real-other_set.json").read_text())
     assert (apart["images"], apart["reference"]) == (str(other), str(real)) and (run / "report-real-other_set.html").exists()
-    assert (apart["fid"]["n_generated"], apart["fid"]["n_real"]) == (12, 12) and abs(apart["fid"]["value"]) < 0.01
+    assert (apart["fid"]["n_generated"], apart["fid"]["n_real"]) == (6, 6) and abs(apart["fid"]["value"]) < 0.01
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64") == 3 + evaluate.GALLERY  # two grids, the curves, samples and neighbours
     assert "come closest to real images" in page and "data:image/webp" in page and "--width" in page
     assert "http" not in page.replace("http-equiv", ""), "nothing is loaded from elsewhere"
-    assert sorted(p.name for p in (run / "images").iterdir())[-1] == "000039.png"
+    assert sorted(p.name for p in (run / "images").iterdir())[-1] == "000009.png"
     # kept statistics are used again, and not for other images
-    assert "60 real images" in said
-    assert "60 real images" not in call("evaluate.py", "--run", run, "--num-real", "60", "--device", "cpu").stdout
+    assert "16 real images" in said
+    assert "16 real images" not in call("evaluate.py", "--run", run, "--num-real", "16", "--device", "cpu").stdout
     meta = json.loads((shapes / "meta.json").read_text())
     other = shutil.copytree(shapes, tmp_path / "other")
     shutil.rmtree(other / "features")
     (other / "meta.json").write_text(json.dumps(meta | {"fingerprint": "another"}))
-    (run / "images.jsonl").write_text("".join(json.dumps({"caption": "a star", "row": i}) + "\n" for i in range(40)))
-    said = call("evaluate.py", "--run", run, "--data", other, "--num-real", "60", "--device", "cpu").stdout
-    assert "60 real images" in said and "match their captions is not measured" in said and "cosine" not in said
+    (run / "images.jsonl").write_text("".join(json.dumps({"caption": "a star", "row": i}) + "\n" for i in range(10)))
+    said = call("evaluate.py", "--run", run, "--data", other, "--num-real", "16", "--device", "cpu").stdout
+    assert "16 real images" in said and "match their captions is not measured" in said and "cosine" not in said
 
 
 def test_figures_of_other_images_or_data_are_kept_apart(shapes, tmp_path):

@@ -21,11 +21,11 @@ TIMES = ("ms_per_step", "ms_min", "ms_max", "images_per_second")
 # all that draws random numbers or depends on the step: dropout, augmentation, noise, captions, accumulation, growing,
 # and whatever may be START:END
 OPTIONS = ("--condition", "text", "--arch", "upsample", "--flip", "--diffaug", "0.2:0.9", "--jitter", "0.1", "--grad-accum", "2",
-           "--width", "8", "--batch-size", "32", "--log-every", "5", "--save-every", "20", "--grid-every", "50", "--device",
-           "cpu", "--epochs", "15", "--loss", "relativistic", "--r1", "0.1:0.01", "--cond-augment", "0.1", "--mismatch-weight",
+           "--width", "8", "--batch-size", "16", "--log-every", "5", "--save-every", "20", "--grid-every", "50", "--device",
+           "cpu", "--epochs", "7", "--loss", "relativistic", "--r1", "0.1:0.01", "--cond-augment", "0.1", "--mismatch-weight",
            "0.3", "--attention", "--grow", "8,16", "--d-steps", "2", "--schedule", "cosine-restarts", "--warmup", "9",
            "--r2", "0:0.1", "--lr-g", "2e-4:5e-5", "--lr-d", "2e-4:1e-4", "--beta2", "0.9:0.99", "--ema-images", "0:512",
-           "--burn-in", "3000")
+           "--burn-in", "1400")
 
 
 def start(shapes, run, *options, launch=(sys.executable,)):

@@ -777,12 +777,12 @@ def test_the_result_does_not_hang_on_the_number_of_processes(processes, accumula
 
 def test_fid_while_training(weights, shapes, tmp_path):
     """The best is kept, no better one ends the run, and a resumed run has each FID once."""
-    options = ("--data", shapes, "--out", tmp_path / "run", *TINY, "--save-every", "16", "--fid-every", "1", "--fid-num", "20")
+    options = ("--data", shapes, "--out", tmp_path / "run", *TINY, "--save-every", "16", "--fid-every", "1", "--fid-num", "8")
     call("train.py", *options, "--epochs", "2")
     call("train.py", *options, "--epochs", "3")
     lines = [json.loads(line) for line in (tmp_path / "run" / "fid.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [16, 32, 48]
-    assert all(line["n_generated"] == line["n_real"] == 20 and line["seconds"] > 0 for line in lines)
+    assert all(line["n_generated"] == line["n_real"] == 8 and line["seconds"] > 0 for line in lines)
     best = min(lines, key=lambda line: line["fid"])
     assert train.load_file(tmp_path / "run" / "best.pt")["step"] == best["step"]
     # another run that goes on from it has a best of its own, from the step that it starts at
@@ -924,6 +924,9 @@ def test_refusals(shapes, trained, tmp_path, capsys):
     refused(*base, "--out", mine, "--resume", run / "checkpoint.pt", naming=["--out", "log.jsonl"])
     assert [path.read_text() for path in mine.iterdir()] == ["mine"]
     refused(*base, "--out", run, "--epochs", "9", "--resume", trained / "checkpoint.pt", naming="a checkpoint of its own")
+    begun = (*base, "--out", tmp_path / "begun", "--resume", trained / "checkpoint.pt", "--epochs", "4", "--max-steps")
+    assert "steps 48 to 50" in call(*begun, "50").stdout
+    assert "steps 50 to 52" in call(*begun, "52").stdout, "the same command goes on"
     refused(*base, "--out", out, "--resume", run / "generator.pt", naming="generator.pt: no checkpoint")
     assert not out.exists()
     (tmp_path / "file").write_text("")
