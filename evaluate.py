@@ -972,7 +972,7 @@ def plot_curves(log):
 
 def fid_by_minute(folder):
     """[(minutes of training, FID)] of a run that was scored while it trained (--fid-every)."""
-    steps, minutes = minutes_of(read_lines(folder / "log.jsonl"))
+    steps, minutes = minutes_of(read_or_empty(folder / "config.json"), read_lines(folder / "log.jsonl"))
     return [(float(np.interp(line["step"], steps, minutes)), line["fid"])
             for line in read_lines(folder / "fid.jsonl")]
 
@@ -999,10 +999,10 @@ def read_status(run):
     return {"state": "unknown", "step": None, "warnings": [], "time": ""} | read_or_empty(run / "status.json")
 
 
-def minutes_of(log):
+def minutes_of(config, log):
     """(steps, minutes of training until each) of log.jsonl, without what an interrupted run did twice."""
     lines = [line for line in log if "ms_per_step" in line]
-    steps = np.array([0] + [line["step"] for line in lines])
+    steps = np.array([config.get("first_step", 0)] + [line["step"] for line in lines])
     return steps, np.append(0, np.cumsum(np.diff(steps) * [line["ms_per_step"] for line in lines])) / 60_000
 
 
@@ -1013,9 +1013,9 @@ def training_summary(config, status, log):
     if data.get("length"):
         kind = f"texts of {data['length']} tokens"
     return (f"{data.get('name')}, {data.get('count')} {kind}; "
-            f"{status['step']} of {config.get('steps')} steps in {minutes_of(log)[1][-1]:.1f} min on "
+            f"{status['step']} of {config.get('steps')} steps in {minutes_of(config, log)[1][-1]:.1f} min on "
             f"{config.get('processes')} × {hardware.get('name')}, {hardware.get('cores')} cores "
-            f"({hardware.get('platform')}), {config.get('amp')}, "
+            f"({hardware.get('platform')}), --amp {config.get('amp')}, "
             f"torch {config.get('versions', {}).get('torch')}; {status['time'][:10]}.")
 
 
@@ -1139,7 +1139,7 @@ def read_run(folder):
             "epochs": number(last.get("epoch"), 1),
             "loss G": number(last.get("loss_g")), "loss D": number(last.get("loss_d")),
             "batch": options["batch_size"], "lr G": options["lr_g"], "lr D": options["lr_d"],
-            "latent": options["latent_dim"], "minutes": number(minutes_of(log)[1][-1], 1),
+            "latent": options["latent_dim"], "minutes": number(minutes_of(config, log)[1][-1], 1),
             "hardware": f"{config['processes']} × {hardware['name']}, {hardware['cores']} cores",
             "date": status["time"][:10], "state": status["state"]}))
     return options, found

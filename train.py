@@ -95,7 +95,7 @@ def parse_args(argv=None):
 
     add = parser.group("networks")
     add("--arch", choices=list(ARCHITECTURES), default="dcgan",
-        help="; ".join(f"{name}: {G.__doc__.splitlines()[0]}" for name, (G, _, _) in ARCHITECTURES.items()))
+        help="; ".join(f"{name}: {G.__doc__.splitlines()[0].rstrip('.')}" for name, (G, _, _) in ARCHITECTURES.items()))
     add("--width", type=count, default=64, help="channels at the highest resolution, doubled at each halving")
     add("--width-d", type=count, help="the same of D alone (default: as --width)")
     add = parser.group("networks of images", needs=[images])
@@ -188,7 +188,7 @@ def parse_args(argv=None):
     add("--patience", type=count, metavar="N", needs="--fid-every", help="end after N FIDs without a better")
     add("--tracker", action="append", default=[], choices=["tensorboard", "wandb"], help="log there too")
     add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there "
-        "is one; never: start over and replace what RUN holds; or a checkpoint's path")
+        "is one; never: start over and replace what RUN holds; or another run's checkpoint.pt, to begin RUN from")
     args = parser.parse_args(argv)
     kind = ARCHITECTURES[args.arch][2]
     defaults = {"r1": 0.0, "r2": 0.0, "gp": 0.0, "width_d": args.width,
@@ -1098,7 +1098,7 @@ def load_generator(path, device="cpu"):
         generator, _ = build_networks(LATER | saved["model"])
         generator.load_state_dict(saved.pop("generator"))
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: no generator of train.py ({in_a_line(error)})") from None
+        raise ValueError(f"{path}: no generator.pt or best.pt of train.py ({in_a_line(error)})") from None
     return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), saved
 
 
@@ -1658,6 +1658,8 @@ def find_checkpoint(run):
             fail(f"--resume {asked}: {run.out} has a checkpoint of its own: go on from that with --resume "
                  "auto, or name another --out")
         asked, paths = "auto", own  # the same command, called again
+    elif paths and not paths[0].is_file() and asked != "auto":
+        fail(f"--resume {asked}: not a file: name a checkpoint, such as RUN/checkpoint.pt")
     for path in paths:
         if asked == "auto" and not path.exists():
             continue
@@ -1667,6 +1669,9 @@ def find_checkpoint(run):
             errors.append(str(error))
             continue
         check_same(run, saved, path)
+        if path.parent.resolve() != run.out.resolve() and saved["step"] >= run.total:
+            fail(f"--resume {path} has made {saved['step']} steps, and {run.total} are asked for: raise --epochs "
+                 "or --max-steps")
         if errors:
             print(f"train.py: {errors[0]}; going on from {path} instead", file=sys.stderr, flush=True)
             latest.replace(run.out / "checkpoint.damaged.pt")  # or a save would take it for a good one
@@ -1690,11 +1695,12 @@ def check_same(run, saved, path):
     if saved["fingerprint"] != run.data.meta["fingerprint"]:
         changed.append(f"the {run.data.unit} in {run.args.data} are not those it was trained on")
     if changed:
-        fail(f"{path} does not fit: {'; '.join(changed)}. Take another --out, or start over: --resume never")
+        fail(f"{path} does not fit: {'; '.join(changed)}. Give the options that it has, take another --out, or "
+             "start over: --resume never")
     courses = [f"{flag(k)} {asked[k]}" for k in COURSES if isinstance(asked.get(k), str)]
     if courses and not asked["burn_in"] and asked["epochs"] != options["epochs"]:
-        print(f"note: {path} was to end after {options['epochs']} epochs: from here on {', '.join(courses)} "
-              f"takes the course of {asked['epochs']}", file=sys.stderr)
+        print(f"note: {path} was to end after {options['epochs']} epochs: {', '.join(courses)} goes on from where "
+              f"a run of {asked['epochs']} epochs has it at this step, not from END", file=sys.stderr)
 
 
 class Signals:
@@ -1755,7 +1761,8 @@ class Watch:
             (run.out / "grids").mkdir(exist_ok=True)
             check_writable("--out", run.out)
         except OSError as error:
-            fail(f"--out {run.out}: {error.strerror}", status_of(error))
+            why = "a file: name a folder for the run" if run.out.is_file() else error.strerror
+            fail(f"--out {run.out}: {why}", status_of(error))
         try:
             saved, path = find_checkpoint(run)
             if saved and saved["best"] and not self.holds(saved["best"]):
@@ -1780,8 +1787,10 @@ class Watch:
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""
         run, out = self.run, self.run.out
-        run_id = path and read_or_empty(out / "config.json").get("run_id") or os.urandom(16).hex()
-        config = describe(run, state, run_id)
+        earlier = read_or_empty(out / "config.json") if path else {}
+        run_id = earlier.get("run_id") or os.urandom(16).hex()
+        first = earlier.get("first_step", 0) if earlier else state.step
+        config = describe(run, state, run_id) | {"first_step": first}
         self.trackers = Trackers(run.args.tracker, out, run_id, state.step, config)  # or one line why not
         if not path:  # a fresh start leaves nothing of an earlier run
             keep = ["config.json"]  # by which the rest is known as a run's, should this be killed

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, call, log_of, refused
 from PIL import Image
 
+import evaluate
 import train
 
 LOG_KEYS = {"step", "epoch", "images", "loss_g", "loss_d", "acc_real", "acc_fake", "reward", "grad_norm_g",
@@ -567,7 +568,8 @@ def test_a_longer_run_says_that_its_courses_are_others(tmp_path, capsys):
     saved["options"]["epochs"] = 2
     train.check_same(t.run, saved, "x.pt")
     said = capsys.readouterr().err
-    assert said == "note: x.pt was to end after 2 epochs: from here on --lr-g 0.0002:2e-05 takes the course of 9\n"
+    assert said == "note: x.pt was to end after 2 epochs: --lr-g 0.0002:2e-05 goes on from where "\
+                   "a run of 9 epochs has it at this step, not from END\n"
     for more in (("--lr-g", "2e-4"), ("--lr-g", "2e-4:2e-5", "--burn-in", "100")):
         t = trainer(tmp_path, "--epochs", "9", *more)
         train.check_same(t.run, saved | {"options": vars(t.run.args) | {"epochs": 2}}, "x.pt")
@@ -925,8 +927,14 @@ def test_refusals(shapes, trained, tmp_path, capsys):
     assert [path.read_text() for path in mine.iterdir()] == ["mine"]
     refused(*base, "--out", run, "--epochs", "9", "--resume", trained / "checkpoint.pt", naming="a checkpoint of its own")
     begun = (*base, "--out", tmp_path / "begun", "--resume", trained / "checkpoint.pt", "--epochs", "4", "--max-steps")
+    refused(*begun, "48", naming=["has made 48 steps", "--max-steps"])
+    assert not (tmp_path / "begun").exists()
     assert "steps 48 to 50" in call(*begun, "50").stdout
     assert "steps 50 to 52" in call(*begun, "52").stdout, "the same command goes on"
+    config, log = json.loads((tmp_path / "begun" / "config.json").read_text()), log_of(tmp_path / "begun")
+    assert config["first_step"] == 48 and evaluate.minutes_of(config, log)[0].tolist() == [48, 50, 52]
+    assert evaluate.minutes_of(config, log)[1][-1] == pytest.approx(2 / 60_000 * sum(line["ms_per_step"] for line in log))
+    refused(*base, "--out", out, "--resume", trained, naming=["not a file", "checkpoint.pt"])
     refused(*base, "--out", out, "--resume", run / "generator.pt", naming="generator.pt: no checkpoint")
     assert not out.exists()
     (tmp_path / "file").write_text("")
@@ -996,7 +1004,7 @@ def test_checkpoints_of_another_version_are_refused(trained, shapes, tmp_path):
             naming=["checkpoint.pt", "another version", "--resume never"])
     refused("sample.py", "--run", run, naming=["generator.pt", "another version"])
     train.write_torch(run / "generator.pt", saved | {"format": train.FORMAT, "model": saved["model"] | {"arch": "resnet"}})
-    refused("sample.py", "--run", run, naming=["generator.pt", "no generator of train.py"])
+    refused("sample.py", "--run", run, naming=["generator.pt", "no generator.pt or best.pt of train.py"])
 
 
 def test_the_loss_that_the_readme_adds(tmp_path, monkeypatch):
