@@ -95,7 +95,8 @@ def parse_args(argv=None):
 
     add = parser.group("networks")
     add("--arch", choices=list(ARCHITECTURES), default="dcgan",
-        help="; ".join(f"{name}: {G.__doc__.splitlines()[0].rstrip('.')}" for name, (G, _, _) in ARCHITECTURES.items()))
+        help="; ".join(f"{name}: {entry[0].__doc__.splitlines()[0].rstrip('.')}"
+                       for name, entry in ARCHITECTURES.items()))
     add("--width", type=count, default=64, help="channels at the highest resolution, doubled at each halving")
     add("--width-d", type=count, help="the same of D alone (default: as --width)")
     add = parser.group("networks of images", needs=[images])
@@ -188,7 +189,8 @@ def parse_args(argv=None):
     add("--patience", type=count, metavar="N", needs="--fid-every", help="end after N FIDs without a better")
     add("--tracker", action="append", default=[], choices=["tensorboard", "wandb"], help="log there too")
     add("--resume", default="auto", metavar="{auto,never,PATH}", help="auto: from RUN's checkpoint if there "
-        "is one; never: start over and replace what RUN holds; or another run's checkpoint.pt, to begin RUN from")
+        "is one; never: start over and replace what RUN holds; or another run's checkpoint.pt, "
+        "to begin RUN from")
     args = parser.parse_args(argv)
     kind = ARCHITECTURES[args.arch][2]
     defaults = {"r1": 0.0, "r2": 0.0, "gp": 0.0, "width_d": args.width,
@@ -1670,8 +1672,8 @@ def find_checkpoint(run):
             continue
         check_same(run, saved, path)
         if path.parent.resolve() != run.out.resolve() and saved["step"] >= run.total:
-            fail(f"--resume {path} has made {saved['step']} steps, and {run.total} are asked for: raise --epochs "
-                 "or --max-steps")
+            fail(f"--resume {path} has made {saved['step']} steps, and {run.total} are asked for: raise "
+                 "--epochs or --max-steps")
         if errors:
             print(f"train.py: {errors[0]}; going on from {path} instead", file=sys.stderr, flush=True)
             latest.replace(run.out / "checkpoint.damaged.pt")  # or a save would take it for a good one
@@ -1695,12 +1697,12 @@ def check_same(run, saved, path):
     if saved["fingerprint"] != run.data.meta["fingerprint"]:
         changed.append(f"the {run.data.unit} in {run.args.data} are not those it was trained on")
     if changed:
-        fail(f"{path} does not fit: {'; '.join(changed)}. Give the options that it has, take another --out, or "
-             "start over: --resume never")
+        fail(f"{path} does not fit: {'; '.join(changed)}. Give the options that it has, take another --out, "
+             "or start over: --resume never")
     courses = [f"{flag(k)} {asked[k]}" for k in COURSES if isinstance(asked.get(k), str)]
     if courses and not asked["burn_in"] and asked["epochs"] != options["epochs"]:
-        print(f"note: {path} was to end after {options['epochs']} epochs: {', '.join(courses)} goes on from where "
-              f"a run of {asked['epochs']} epochs has it at this step, not from END", file=sys.stderr)
+        print(f"note: {path} was to end after {options['epochs']} epochs: {', '.join(courses)} goes on from "
+              f"where a run of {asked['epochs']} epochs has it at this step, not from END", file=sys.stderr)
 
 
 class Signals:
