@@ -792,13 +792,6 @@ def test_fid_while_training(weights, shapes, tmp_path):
     scored = {line["step"]: line["fid"] for line in map(json.loads, (tmp_path / "other" / "fid.jsonl").read_text().splitlines())}
     assert list(scored) == [48, 64] and scored[48] == lines[-1]["fid"]
     assert scored[train.load_file(tmp_path / "other" / "best.pt")["step"]] == min(scored.values())
-    # an untrainable generator: no FID is better than the first
-    still = ("--data", shapes, "--out", tmp_path / "still", *TINY, "--fid-every", "1", "--fid-num", "4", "--lr-g", "0",
-             "--ema", "0", "--epochs", "9", "--patience", "1")
-    done = call("train.py", *still)
-    status = json.loads((tmp_path / "still" / "status.json").read_text())
-    assert status["state"] == "finished" and status["step"] in (32, 48) and "--patience" in done.stdout
-    assert "already" in call("train.py", *still).stdout
 
 
 FIDS = """
@@ -810,6 +803,15 @@ evaluate.find_weights = lambda: None
 evaluate.fid_against_data = lambda *args: fids.pop(0) or os.kill(os.getpid(), 9)
 train.main()
 """
+
+
+def test_patience_ends_a_run(shapes, tmp_path):
+    still = (sys.executable, "-c", FIDS, ROOT, "[50, 50]", "--data", shapes, "--out", tmp_path / "still", *TINY, "--fid-every", "1",
+             "--epochs", "9", "--patience", "1")
+    done = call(*still)
+    status = json.loads((tmp_path / "still" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", 32) and "--patience" in done.stdout
+    assert "already" in call(*still).stdout
 
 
 def test_run_killed_at_the_fid_that_uses_up_its_patience(shapes, tmp_path):
