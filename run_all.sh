@@ -213,6 +213,8 @@ except OSError as error: print("run_all.sh: no lock on this file system:", error
     exit 75
 }
 echo "run_all.sh, process $$ on $(uname -n) since $(date '+%Y-%m-%d %H:%M:%S')" >"$run/run_all.lock"
+# a mistake leaves no folder
+trap '[ "$(ls -A "$run")" != run_all.lock ] || { rm "$run/run_all.lock"; rmdir "$run"; } || true' EXIT
 
 stage() {
     local status=0

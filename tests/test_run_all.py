@@ -89,6 +89,8 @@ def test_mistakes(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
     done = call("bash", ROOT / "run_all.sh", "folder", status=2, **environment(tmp_path) | {"ROOT": str(tmp_path)})
     assert "1 image" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = call("bash", ROOT / "run_all.sh", "folder", status=2, **environment(tmp_path) | {"ROOT": "/none", "DATA": str(tmp_path / "d")})
+    assert "/none" in done.stderr and not list(tmp_path.glob("run*"))
 
 
 RECIPES = re.findall(r"^    ([a-z0-9-]+)\)", (ROOT / "run_all.sh").read_text(), re.M)
