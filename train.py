@@ -1655,12 +1655,13 @@ def find_checkpoint(run):
     asked, latest, errors = run.args.resume, run.out / "checkpoint.pt", []
     own = [latest, run.out / "checkpoint.prev.pt"]
     paths = {"never": [], "auto": own}.get(asked, [Path(asked)])
-    if paths and paths[0].parent.resolve() != run.out.resolve() and any(path.exists() for path in own):
+    elsewhere = bool(paths) and paths[0].parent.resolve() != run.out.resolve()
+    if elsewhere and any(path.exists() for path in own):
         if read_or_empty(run.out / "config.json").get("options", {}).get("resume") != asked:
             fail(f"--resume {asked}: {run.out} has a checkpoint of its own: go on from that with --resume "
                  "auto, or name another --out")
-        asked, paths = "auto", own  # the same command, called again
-    elif paths and not paths[0].is_file() and asked != "auto":
+        asked, paths, elsewhere = "auto", own, False  # the same command, called again
+    if asked != "auto" and paths and not paths[0].is_file():
         fail(f"--resume {asked}: not a file: name a checkpoint, such as RUN/checkpoint.pt")
     for path in paths:
         if asked == "auto" and not path.exists():
@@ -1671,7 +1672,7 @@ def find_checkpoint(run):
             errors.append(str(error))
             continue
         check_same(run, saved, path)
-        if path.parent.resolve() != run.out.resolve() and saved["step"] >= run.total:
+        if elsewhere and saved["step"] >= run.total:
             fail(f"--resume {path} has made {saved['step']} steps, and {run.total} are asked for: raise "
                  "--epochs or --max-steps")
         if errors:

@@ -32,7 +32,7 @@ from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from gpu_check import recipes  # noqa: E402
@@ -140,10 +140,9 @@ def drawn_by_tutorial(folder, images, meta, minutes, count):
 def drawn_by_ours(folder, data, recipe, minutes, count):
     """The same of train.py with a recipe's options, stopped by a signal and called again: starting counts."""
     trained, paths = 0.0, []
+    command = [sys.executable, ROOT / "train.py", "--data", data, "--out", folder / "run", *recipes()[recipe][1], *BY_THE_CLOCK]
     for minute in minutes:
         start = time.perf_counter()
-        command = [sys.executable, ROOT / "train.py", "--data", data, "--out", folder / "run",
-                   *recipes()[recipe][1], *BY_THE_CLOCK]
         process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60 * minute - trained)

@@ -778,7 +778,7 @@ def test_the_result_does_not_hang_on_the_number_of_processes(processes, accumula
 
 
 def test_fid_while_training(weights, shapes, tmp_path):
-    """The best is kept, no better one ends the run, and a resumed run has each FID once."""
+    """The best is kept, and a resumed run has each FID once."""
     options = ("--data", shapes, "--out", tmp_path / "run", *TINY, "--save-every", "16", "--fid-every", "1", "--fid-num", "8")
     call("train.py", *options, "--epochs", "2")
     call("train.py", *options, "--epochs", "3")
