@@ -307,7 +307,7 @@ def inception_features(network, images, device, indices, folder=None, kind=None)
     folder: where those of each PART are kept, as HASH.npy, and found again by the hash of the images. kind:
     what to call the images where some have to be computed.
     """
-    features, said = np.empty((len(indices), 2048), np.float32), False
+    features, begun = np.empty((len(indices), 2048), np.float32), None
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # ten bits would show in the FID
     with tqdm(total=len(indices), unit="img", leave=False, disable=None) as bar, exact:
         for start in range(0, len(indices), PART):
@@ -318,12 +318,15 @@ def inception_features(network, images, device, indices, folder=None, kind=None)
                     out[:] = np.load(file)
                     bar.update(len(some))
                     continue
-            if kind and not said:
-                said = True
+            if kind and begun is None:
+                begun = start, time.perf_counter()
                 print(f"{len(indices)} {kind} images", flush=True)
             compute_features(network, images, device, some, out, bar)
-            if kind and bar.disable and len(indices) > PART:  # no terminal: a line now and then
-                print(f"{start + len(some)} of {len(indices)} {kind} images", flush=True)
+            done = start + len(some)
+            if kind and bar.disable and done < len(indices):  # no terminal: a line now and then
+                left = (time.perf_counter() - begun[1]) / (done - begun[0]) * (len(indices) - done)
+                left = tqdm.format_interval(left)
+                print(f"{done} of {len(indices)} {kind} images, {left} left", flush=True)
             if file and not keep(file, out):
                 folder = None
     return features

@@ -1606,14 +1606,14 @@ def already(args, out, state):
     changed = [f"{flag(k)} {before.get(k)} there, {v} asked" for k, v in asked.items()
                if v != before.get(k) and not (same and k in PATHS)]
     if changed:
-        fail(f"--out {out} holds other data ({'; '.join(changed)}): delete it or choose another --out")
+        fail(f"--out {args.out} holds other data ({'; '.join(changed)}): delete it or choose another --out")
     if args.strict and (there.meta["skipped"] or there.meta.get("left_out")):
-        fail(f"--out {out} was made without --strict and lacks files (see meta.json): delete it to try again")
+        fail(f"--out {args.out} was made without --strict and lacks files (meta.json): delete it to retry")
     there.verify()
     what = f"{there.meta['count']} {'texts' if args.source == 'text' else 'images'}"
     if state and not same and "source_state" in there.meta:
-        return print(f"note: {args.root} is not as {out} was made of it ({what}): delete that to make it new")
-    print(f"{out} is already prepared: {what}")
+        return print(f"note: {args.root} is not as {args.out} was made of it ({what}): delete it to redo it")
+    print(f"{args.out} is already prepared: {what}")
 
 
 def make(args, out, state):
@@ -1645,11 +1645,11 @@ def main():
         if there:
             return already(args, out, state)
         if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {out} exists and is not a data folder: choose another --out")
+            fail(f"--out {args.out} exists and is not a data folder: choose another --out")
         report(args, make(args, out, state))
     except OSError as error:  # a full disk, a folder that may not be written
         if not there and os.path.exists(out / "meta.json"):
-            fail(f"--out {out} was made by another process meanwhile: call again to compare the options")
+            fail(f"--out {args.out} was made by another process meanwhile: call again to compare the options")
         fail(f"{error.strerror or error}: {error.filename or out}", status_of(error))
     except MemoryError as error:
         fail(f"not enough memory ({error})", status=1)

@@ -135,6 +135,14 @@ def test_features_are_kept_in_parts_and_a_killed_call_goes_on(tmp_path, monkeypa
     assert np.array_equal(evaluate.inception_features(Network(0), images, "cpu", order, folder), found)
     first = evaluate.inception_features(Network(0), images, "cpu", order[:80], folder)
     assert np.array_equal(first, found[:80]), "a smaller n has the same parts"
+    network = Network(9)  # of which a pass takes ten seconds
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: -10 * network.passes)
+    evaluate.inception_features(network, images, "cpu", order, kind="real")
+    assert capsys.readouterr().out.splitlines() == [
+        "100 real images", "40 of 100 real images, 00:30 left", "80 of 100 real images, 00:10 left"]
+    network = Network(9)
+    evaluate.inception_features(network, images, "cpu", np.append(order[:80], order[:20]), folder, "real")
+    assert capsys.readouterr().out == "100 real images\n", "the last part alone was computed"
     damaged = sorted(folder.iterdir())[0]
     damaged.write_bytes(damaged.read_bytes()[:500])
     assert np.array_equal(evaluate.inception_features(Network(2), images, "cpu", order, folder), found)

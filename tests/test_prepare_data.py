@@ -749,7 +749,8 @@ def test_already_prepared_is_said_when_it_is(tmp_path, monkeypatch):
     assert os.path.islink("link") and os.path.exists("real/meta.json") and sorted(os.listdir()) == ["link", "real", "src"]
     os.symlink("src", "other")
     for spelling in ("src", "src/", "./src", "../" + tmp_path.name + "/src", tmp_path / "src", "other"):
-        assert "already prepared" in prepare("folder", "--root", spelling, "--out", "real", "--size", "8").stdout
+        said = prepare("folder", "--root", spelling, "--out", "real", "--size", "8").stdout
+        assert said.startswith("real is already prepared: ")
     call("cp", "-a", "src", "moved")  # the same files elsewhere; others of the same names and sizes
     again = ("folder", "--size", "8", "--out", tmp_path / "real", "--root")
     assert "already prepared" in prepare(*again, "moved").stdout
