@@ -386,7 +386,6 @@ def write_walk(written, still, moving, z, condition, draw):
     side = pixels.shape[1] * max(1, 256 // pixels.shape[1])
     frames = [Image.fromarray(p.squeeze()).resize((side, side), Image.Resampling.NEAREST) for p in pixels]
     written.write(moving, animate(frames, 1000 // FRAMES))
-    print(f"{still}, {moving}: {len(z)} latents and between")
 
 
 def write_film(run):
@@ -731,7 +730,7 @@ def write_pictures(args, generator, saved, digest, folder, device):
         write_images(out, blocks(), written)
         written.write(notes, "".join(json.dumps({"image": i} | note(i)) + "\n" for i in range(args.num)))
         written.write(record, json.dumps(request, indent=1) + "\n")
-        others = f", instead of {before['num']} others" if before and before != request else ""
+        others = f", instead of {plural(before['num'], 'other')}" if before and before != request else ""
         print(f"{out}: {plural(args.num, 'image')} of step {saved['step']}{others}")
     if args.grid:
         pixels = draw(latents_of(range(args.grid)), conditions(range(args.grid)))
@@ -746,6 +745,8 @@ def write_pictures(args, generator, saved, digest, folder, device):
                   + (", and the real image beside it" if data else ""))
     if args.interpolate:
         write_walk(written, still, moving, latents_of(range(args.interpolate)), conditions(range(1)), draw)
+        of = note(0).get("label") or note(0).get("caption")
+        print(f"{still}, {moving}: {args.interpolate} latents and between" + (f", of {of!r}" if of else ""))
 
 
 def main():

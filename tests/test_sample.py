@@ -52,8 +52,9 @@ def test_image_depends_on_seed_and_number_alone(generator, tmp_path):
 
 
 def test_pictures(generator, tmp_path):
-    call("sample.py", "--run", generator, "--num", "0", "--grid", "9", "--interpolate", "3", "--labels", "red circle",
-         "--device", "cpu")
+    said = call("sample.py", "--run", generator, "--num", "0", "--grid", "9", "--interpolate", "3", "--labels", "red circle",
+                "--device", "cpu").stdout
+    assert said.endswith("interpolation.webp: 3 latents and between, of 'red circle'\n")
     assert Image.open(generator / "grid.png").size == (48, 48)
     animation = Image.open(generator / "interpolation.webp")
     frames, shown = [], 0
