@@ -52,11 +52,10 @@ from prepare_data import (LATER, Data, Parser, check_writable, fail, find_device
 BATCH = 32  # images a pass of Inception
 PART = 512  # images whose features are kept as one file: a killed call goes on from these
 NEIGHBOURS = 3  # of precision, recall, density and coverage
-DISTANCES = 2 ** 25  # in memory at a time: 128 MiB
-SPARE = 8  # candidates beyond k, found in fp32, of which exact distances choose the k nearest
+DISTANCES = 2 ** 24  # in memory at a time: 128 MiB
 KID_SUBSETS, KID_SIZE = 100, 1000  # torch-fidelity's defaults
 FULL_RANK = 2048  # Inception's features: of fewer images their covariance is singular
-MATCHED = 10_000  # images that are compared with those of their captions
+MATCHED = 5000  # images that are compared with those of their captions
 RIVALS = 99  # of R-precision, beside the image itself
 CLASSIFIED = 20_000  # real images for the small network that names classes; a fifth of them tests it
 CLASS_STEPS = 2000  # of 64 of them: over 99 % of digits right
@@ -76,14 +75,14 @@ MEASURES = {  # key in metrics.json: name in print, digits after the point, prot
     "kid": ("KID", 5, f"{KID_SUBSETS} subsets of {{size}}, cubic kernel, unbiased"),
     **{key: (key, 3, f"Inception features, k = {NEIGHBOURS}")
        for key in ("precision", "recall", "density", "coverage")},
-    "memorised": ("memorised", 3,
-                  "generated images that are nearer to a real one than any other real one is"),
+    "authenticity": ("authenticity", 3, "generated images that are no nearer to their nearest real one than "
+                     "its own nearest neighbour is"),
     "inception_score": ("Inception Score", 2, "10 splits, shuffled"),
-    "floor": ("FID, real against real", 2, FID_PROTOCOL),
+    "floor": ("FID, real against real", 2, FID_PROTOCOL + ", against as many others"),
     "cosine": ("cosine with its own real image", 3,
                "Inception features less their real mean, image by image; {captions}"),
-    "r_precision": ("R-precision", 3, f"its own real image before {RIVALS} others, by that cosine; 10 draws "
-                    "of the others; {captions}"),
+    "r_precision": ("R-precision", 3, f"its own real image before {RIVALS} others, by that cosine; "
+                    "expected over all draws of the others; {captions}"),
     "modes": ("modes", 0, "classes, of {classes}, that a small network sees in one or more of the images"),
     "kl": ("KL of classes", 4,
            "Σ p log(p/q), nats; p: the share of a class as that network sees it, q: {shares}"),
@@ -247,6 +246,9 @@ def open_images(option, path):
             print(f"note: {option} {path}: left out {', '.join(f'{n} {label}' for label, n in left.items())}")
         if len(files) < 2:
             fail(f"{option} {path}: {plural(len(files), 'image')} here; it takes 2 or more")
+        with contextlib.suppress(Exception):  # a file that cannot be opened is named when it is read
+            if len({size_of(file) for file in files}) > 1:
+                fail(f"{option} {path}: images of different sizes")
         return files
     if path.suffix not in (".npz", ".npy"):
         fail(f"{option} {path}: no such folder, and not an .npz or .npy")
@@ -267,6 +269,12 @@ def open_images(option, path):
     if loaded.ndim != 4 or loaded.dtype != np.uint8 or loaded.shape[3] not in (1, 3) or len(loaded) < 2:
         fail(f"{option} {path}: {loaded.dtype} {loaded.shape} instead of uint8 (N, H, W, 1 or 3) with N > 1")
     return loaded
+
+
+def size_of(path):
+    """The sides of a picture, the shorter first: whether it is turned shows when it is read."""
+    with Image.open(path) as image:
+        return tuple(sorted(image.size))
 
 
 def pixels_at(images, indices):
@@ -359,12 +367,11 @@ def compute_features(network, images, device, indices, out, bar):
             bar.update(len(x))
 
 
-def measure_images(network, images, device, indices=None, kind=None, folder=None):
+def measure_images(network, images, device, kind=None, folder=None):
     """{"mu", "sigma", "n", "features"} of images as open_images returns them; of statistics no features."""
     if isinstance(images, dict):
         return images | {"n": None}
-    indices = np.arange(len(images)) if indices is None else indices
-    features = inception_features(network, images, device, indices, folder, kind)
+    features = inception_features(network, images, device, np.arange(len(images)), folder, kind)
     return statistics(features) | {"n": len(features), "features": features}
 
 
@@ -378,9 +385,10 @@ def real_statistics(network, data, num_real, floor, device, features=False):
     order = np.random.default_rng(0).permutation(len(images))
     path, about = data.folder / f"fid_{n}.npz", f"{data.meta['fingerprint']} {network.name} in order"
     kept, folder = {}, data.folder / "features"
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as file:
-        if str(file["about"]) == about:
-            kept = {"mu": file["mu"], "sigma": file["sigma"]}
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with np.load(path) as file:
+            if str(file["about"]) == about:
+                kept = {"mu": file["mu"], "sigma": file["sigma"]}
 
     real = {"n": n, "rows": order[:n]}
     if features or floor or not kept:
@@ -400,11 +408,12 @@ def real_statistics(network, data, num_real, floor, device, features=False):
     return real
 
 
-def real_count(data, num_real=None, floor=False):
+def real_count(data, num_real, floor):
     """How many images of a Data a figure is of, or one line why it cannot be: a covariance takes two."""
     count = data.meta["count"]
     if (num_real or 2) > count:
-        fail(f"--num-real {num_real or 2}: {data.folder} has only {plural(count, 'image')}")
+        asked = f"--num-real {num_real}" if num_real else "a covariance takes two images"
+        fail(f"{asked}: {data.folder} has only {plural(count, 'image')}")
     if floor and count < 4:
         fail(f"--floor: {data.folder} has only {plural(count, 'image')}; two against two others are "
              "the least")
@@ -413,8 +422,7 @@ def real_count(data, num_real=None, floor=False):
 
 def fid_against_data(pixels, data, num_real, device):
     """FID of uint8 images (n, H, W, C) against so many of DATA/; train.py asks while it trains."""
-    weights = find_weights()
-    network = load_inception(weights, device)
+    network = load_inception(find_weights(), device)
     real = real_statistics(network, Data(data), num_real, False, device)
     return frechet_distance(measure_images(network, pixels, device), real)
 
@@ -463,87 +471,54 @@ def kernel_distance(x, y, subsets=KID_SUBSETS, size=KID_SIZE):
 
 
 def distances(x, y, what):
-    """Blocks (first row, squared distances (b, m) float32) of features x (n, d) to y (m, d), under a bar."""
-    square = torch.linalg.vector_norm(y, dim=1).square()
+    """Blocks (first row, squared distances (b, m)) of features x (n, d) to y (m, d), under a bar."""
+    square = y.square().sum(1)
     rows = max(1, min(512, DISTANCES // len(y)))
     for start in tqdm(range(0, len(x), rows), what, unit_scale=rows, unit="img", leave=False, disable=None):
         part = x[start:start + rows]
-        own = part.square().sum(1, keepdim=True)
-        yield start, torch.addmm(square[None], part, y.T, alpha=-2).add_(own)
-
-
-def doubt(x, y):
-    """How far squared distances of features (n, d), (m, d) may be off in fp32: ten times what was seen."""
-    return 1e-5 * sum(torch.linalg.vector_norm(z, dim=1).max().square() for z in (x, y))
+        yield start, torch.addmm(square, part, y.T, alpha=-2).add_(part.square().sum(1, keepdim=True))
 
 
 def nearest(x, y, k, what, own=False):
-    """Distances (n, k) float64 of each row of x (n, d) to its k nearest of y (m, d), and their rows (n, k).
+    """Squared distances (n, k) of each row of x (n, d) to its k nearest of y (m, d), and their rows (n, k).
 
-    own: x is y, and none is its own neighbour. fp32 finds candidates, exact distances choose among them, and
-    where one that is left out might be nearer all are exact.
+    own: x is y, and none is its own neighbour.
     """
-    found, k, apart = [], min(k, len(y) - own), doubt(x, y)
+    found = []
     for start, squared in distances(x, y, what):
-        part = x[start:start + len(squared)]
         if own:
             squared[:, start:].fill_diagonal_(torch.inf)
-        values, rows, last = choose(squared, part, y, k)
-        for i in (last - apart < values[:, -1].square()).nonzero()[:, 0].split(32):
-            again = torch.cat([torch.cdist(part[i].double(), some.double()) for some in y.split(PART)], 1)
-            if own:
-                again[torch.arange(len(i)), start + i] = torch.inf
-            values[i], rows[i], _ = choose(again, part[i], y, k)
-        found.append((values, rows))
+        found.append(squared.topk(min(k, len(y) - own), largest=False))
     return [torch.cat(parts) for parts in zip(*found)]
 
 
-def choose(distance, x, y, k):
-    """Exact distances (b, k) of x to the nearest of y, their rows, and the last distance (b,) looked at.
-
-    Of the k + SPARE candidates that are nearest by distance (b, m); it is infinite where none is left out.
-    """
-    near = distance.topk(min(k + SPARE, len(y)), largest=False)
-    exact = (x[:, None].double() - y[near.indices].double()).norm(dim=2)
-    exact[near.values.isinf()] = torch.inf  # the image itself
-    nearest = exact.topk(k, largest=False)
-    last = near.values[:, -1] if near.values.shape[1] < len(y) else torch.full((len(x),), torch.inf).to(x)
-    return nearest.values, near.indices.gather(1, nearest.indices), last
-
-
-def within_radius(squared, x, y, radii, apart):
-    """Whether |x_i - y_j| <= radii_ij (b, m): by squared distances in fp32, and exact where they are near."""
-    gap = squared - radii.square().float()
-    inside = gap <= 0
-    for i, j in (pair.T for pair in (gap.abs() <= apart).nonzero().split(4096)):
-        inside[i, j] = (x[i].double() - y[j].double()).norm(dim=1) <= radii.expand(squared.shape)[i, j]
-    return inside
-
-
 def neighbour_measures(real, fake, k=NEIGHBOURS):
-    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020) of (n, d), (m, d).
+    """Measures of real features (n, d) and generated ones (m, d) by the distances between them, in float64.
 
-    Each image's ball reaches to its k-th neighbour. `memorised` is the share of generated images that are
-    nearer to a real one than that is to any other real one. Also returned: distances (m, k) of the generated
-    images to the nearest real ones, and the rows of these (m, k).
+    Precision and recall: Kynkäänniemi et al. 2019; density and coverage: Naeem et al. 2020; authenticity:
+    Alaa et al. 2022. An image's ball reaches to its k-th neighbour. Also returned: squared distances (m, k)
+    of the generated images to the nearest real ones, and the rows of these (m, k).
     """
+    middle = real.mean(0, dtype=torch.float64)  # around it numbers are small, and so is their rounding
+    real, fake = real - middle, fake - middle
+    same = 1e-12 * max(x.square().sum(1).max().item() for x in (real, fake))  # rounding is less
     real_radii, fake_radii = (nearest(x, x, k, f"neighbours of {name} images", own=True)[0]
                               for x, name in ((real, "real"), (fake, "generated")))
-    precise, inside_count, apart = [], 0, doubt(fake, real)
+    precise, inside_count = [], 0
     recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
     for start, squared in distances(fake, real, "generated images among real ones"):
-        part = fake[start:start + len(squared)]
-        inside = within_radius(squared, part, real, real_radii[None, :, -1], apart)
+        inside = squared <= real_radii[:, -1] + same
         precise.append(inside.any(1))
         inside_count += inside.sum().item()
         covered |= inside.any(0)
-        recalled |= within_radius(squared, part, real, fake_radii[start:start + len(part), -1:], apart).any(0)
+        recalled |= (squared <= fake_radii[start:start + len(squared), -1:] + same).any(0)
     near, rows = nearest(fake, real, k, "nearest real images")
     return {"precision": torch.cat(precise).double().mean().item(),
             "recall": recalled.double().mean().item(),
             "density": inside_count / (k * len(fake)),
             "coverage": covered.double().mean().item(),
-            "memorised": (near[:, 0] < real_radii[rows[:, 0], 0]).double().mean().item()}, near, rows
+            "authenticity": (near[:, 0] >= real_radii[rows[:, 0], 0] - same).double().mean().item()
+            }, near, rows
 
 
 def inception_score(features, classes, splits=10):
@@ -580,8 +555,7 @@ def image_figures(fake, real, classes, weights, source, device):
     if "features" in fake and classes is not None:
         found |= figures({"inception_score": inception_score(fake["features"], classes)}, fake["n"])
     if "floor" in real:
-        n_real = f"{real['floor_n']} against as many others"
-        found |= figures({"floor": real["floor"]}, n_real=n_real, weights=weights, real=source)
+        found |= figures({"floor": real["floor"]}, n_real=real["floor_n"], weights=weights, real=source)
     return found, closest
 
 
@@ -706,16 +680,14 @@ def matching(conditions, fake, real, network, images, device, told, folder=None)
         own = inception_features(network, images, device, rows[:1000], folder, "captioned real")
     fake, own = (f.astype(np.float64) - real["mu"] for f in (fake[numbers], own))
     fake, own = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (fake, own))
-    cosine = (fake * own).sum(1)
+    similar = fake @ own.T
+    cosine, others = similar.diagonal(), len(own) - 1
     found = figures({"cosine": mean_and_std(cosine)}, len(fake), len(own), captions=told)
-    if len(fake) > RIVALS:
-        rng, hits = np.random.default_rng(0), []
-        for _ in range(10):
-            others = np.stack([rng.choice(len(own) - 1, RIVALS, replace=False) for _ in range(len(own))])
-            others += others >= np.arange(len(own))[:, None]  # all but its own
-            rival = np.stack([own[o] @ f for f, o in zip(fake, others)])
-            hits.append((cosine[:, None] > rival).all(1).mean())
-        found |= figures({"r_precision": mean_and_std(hits)}, len(fake), RIVALS + 1, captions=told)
+    if others >= RIVALS:
+        before = (similar >= cosine[:, None]).sum(1) - 1
+        # the chance that none of these is among those drawn, one after the other
+        chance = np.prod([(others - before - i) / (others - i) for i in range(RIVALS)], 0)
+        found |= figures({"r_precision": chance.mean().item()}, len(fake), len(own), captions=told)
     return found, sorted(zip(numbers.tolist(), cosine.tolist()), key=lambda pair: pair[1])
 
 
@@ -1350,17 +1322,25 @@ def score_images(args, images, run, config, record):
         found, warned = found | more, warned + reasons
     if clip:
         found |= clip_score(clip, args.clip, conditions, pixels_at(generated, range(len(generated))))
+    warned += odd_pictures(generated) + odd_pictures(reference) + other_size(generated, reference)
+    return found | {"warnings": warned + numbers_warnings(found, fake, real)}, galleries
+
+
+def numbers_warnings(found, fake, real):
+    """What to know of figures of two sets of images for their numbers."""
+    warned = []
     if "kid" not in found:
         warned.append("no KID, precision, recall, modes: statistics hold no image's features")
     elif "precision" not in found:
         warned.append(f"no precision, recall, density, coverage: they take over {NEIGHBOURS} images each")
-    warned += odd_pictures(generated) + odd_pictures(reference)
-    warned += other_size(generated, reference)
     few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FULL_RANK]
     if few:
         warned.append(f"FID from {' and '.join(few)} images: under {FULL_RANK} the covariance is singular "
                       "and the figure too high; compare it with figures of the same n alone")
-    return found | {"warnings": warned}, galleries
+    if "floor" in real and fake["n"] and {fake["n"], real["n"]} != {real["floor_n"]}:
+        warned.append(f"real against real is of {real['floor_n']} images each, the FID of {fake['n']} "
+                      f"against {real['n']}: a floor is of as many")
+    return warned
 
 
 def training_warnings(status, total, drawn, replaced):
@@ -1420,11 +1400,11 @@ def score(args):
         metrics, galleries = score_images(args, samples, run, config, record)
 
     if run:
-        drawn, path = {} if "images" in others else record, run / "generator.pt"
-        replaced = ("generator" in drawn and path.exists()
-                    and hashlib.sha256(path.read_bytes()).hexdigest() != drawn["generator"])
+        own, path = {} if "images" in others else record, run / "generator.pt"
+        replaced = ("generator" in own and path.exists()
+                    and hashlib.sha256(path.read_bytes()).hexdigest() != own["generator"])
         metrics["warnings"] += training_warnings(
-            read_status(run), config["steps"], drawn.get("step"), replaced)
+            read_status(run), config["steps"], own.get("step"), replaced)
     if record:
         metrics["samples"] = record
     metrics["seconds"] = round(time.perf_counter() - start, 1)
