@@ -144,7 +144,6 @@ def parse_args(argv=None):
         "as 2e-4, or 2e-4:5e-5 if it is to change")
     add("--lr-d", type=course(0, 1), default=2e-4, metavar="START:END", help="learning rate of D")
     add("--d-steps", type=count, default=1, help="steps of D for each of G")
-    add("--d-interval", type=count, default=1, help="D learns in one of so many steps")
     add("--schedule", choices=["constant", "linear", "cosine", "cosine-restarts"], help="course of all that "
         "is START:END, here and elsewhere (default: cosine if anything is, else constant)")
     add("--burn-in", type=within(1), metavar="IMAGES", help="after which all that is START:END stays at END "
@@ -1371,7 +1370,6 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": R
 
 class Turn(NamedTuple):
     """What decides which operations a step is made of."""
-    train_d: bool
     train_g: bool
     penalise: bool  # D, by R1 and R2
     dial: float  # what the kind of data makes of it: of images, the size drawn
@@ -1415,9 +1413,8 @@ class Run:
             decay = between(args.ema, start)
         decay = min(decay, (1 + step) / (10 + step))  # short at first, to forget the first weights
         warm = min((step + 1) / args.warmup, 1) if args.warmup else 1
-        train_d, train_g = step % args.d_interval == 0, (step + 1) % args.d_steps == 0
-        penalise = train_d and step // args.d_interval % args.penalty_interval == 0
-        turn = Turn(train_d, train_g, penalise, self.data.dial(self, step))
+        turn = Turn((step + 1) % args.d_steps == 0, step % args.penalty_interval == 0,
+                    self.data.dial(self, step))
         # lazy regularisation: Karras et al. 2020
         amounts = {"r1": r1 * args.penalty_interval, "r2": r2 * args.penalty_interval, "diffaug": diffaug}
         return Now(lr_g * warm, lr_d * warm, beta2, 1 - decay, amounts, turn)
@@ -1457,20 +1454,28 @@ class Run:
         return AllSum.apply(tensor) if self.world > 1 else tensor
 
     def on_first(self, function, *args):
-        """What a call by the first process alone returns, on all of them; they also end as it does."""
+        """What a call by the first process alone returns, on all of them; they also raise its SystemExit."""
         try:
             result = [function(*args) if self.rank == 0 else None]
         except SystemExit as end:
             result = [end]
         if self.world > 1:
-            dist.broadcast_object_list(result, 0, self.group)
+            file = io.BytesIO()
+            torch.save(result, file)  # pickle alone writes a network's one tensor anew for each weight
+            packed = [file.getvalue()]
+            dist.broadcast_object_list(packed, 0, self.group)
+            result = torch.load(io.BytesIO(packed[0]), weights_only=False)  # what the first has just written
         if isinstance(result[0], SystemExit):
-            self.disband()
             raise result[0]
         return result[0]
 
-    def disband(self):
-        """End the connections of all processes at the same moment: who loses one before may crash."""
+    def disband(self, error=None):
+        """End the connections of all processes at the same moment: who loses one before may crash.
+
+        error: that ends them all; its frames hold CUDA graphs, for whose end NCCL would wait.
+        """
+        if error:
+            traceback.clear_frames(error.__traceback__)
         if self.world > 1:
             dist.barrier(self.group)  # the one that writes is not left behind
             dist.destroy_process_group()
@@ -1512,17 +1517,15 @@ def train_step(run, state, turn, z, batch, condition):
     reuse = turn.train_g and len(parts) == 1  # one pass of G serves both; of parts it would fill the memory
     statistics = state.G.statistics.clone()
 
-    for x, c, z, *wrong in parts if turn.train_d or reuse else ():
+    for x, c, z, *wrong in parts:
         with run.autocast(), torch.set_grad_enabled(reuse):
             fake = G(z, c, turn.dial)
-        if turn.train_d:
-            loss, report = loss_of_d(run, D, amounts, x, c, fake, turn.dial, *wrong)
-            state.D.backward(loss, len(parts))
-            meter.note(**report, diversity=spread(fake) / spread(x))
-    if turn.train_d:
-        meter.note(**state.D.update(run))
+        loss, report = loss_of_d(run, D, amounts, x, c, fake, turn.dial, *wrong)
+        state.D.backward(loss, len(parts))
+        meter.note(**report, diversity=spread(fake) / spread(x))
+    meter.note(**state.D.update(run))
 
-    D.requires_grad_(False)
+    D.requires_grad_(False)  # --compile would work out its gradients, too
     for x, c, z, *_ in parts if turn.train_g else ():
         if not reuse:
             with run.autocast():
@@ -1534,7 +1537,7 @@ def train_step(run, state, turn, z, batch, condition):
     if turn.train_g:
         meter.note(**state.G.update(run))
 
-    # of a batch that was skipped nothing is to stay
+    # of a batch that was skipped nothing is to stay in G
     skip = (state.G if turn.train_g else state.D).skip
     torch.where(skip > 0, statistics, state.G.statistics, out=state.G.statistics)
     state.ema.update(state.G)
@@ -1790,12 +1793,13 @@ class Watch:
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""
         run, out = self.run, self.run.out
-        earlier = read_or_empty(out / "config.json") if path else {}
+        own = path and path.parent.resolve() == out.resolve()
+        earlier = read_or_empty(out / "config.json") if own else {}
         run_id = earlier.get("run_id") or os.urandom(16).hex()
         first = earlier.get("first_step", 0) if earlier else state.step
         config = describe(run, state, run_id) | {"first_step": first}
         self.trackers = Trackers(run.args.tracker, out, run_id, state.step, config)  # or one line why not
-        if not path:  # a fresh start leaves nothing of an earlier run
+        if not own:  # a fresh start, or one from another run, leaves nothing of an earlier run
             keep = ["config.json"]  # by which the rest is known as a run's, should this be killed
             keep += [] if run.args.resume == "never" else ["generator.pt", "error.pt"]
             for old in [*(out / name for name in WRITTEN if name not in keep), *out.glob("grids/step_*")]:
@@ -2155,6 +2159,9 @@ def post_mortem(run, state):
     """An error leaves its story in status.json and error.pt; those of the machine end in a line of advice."""
     try:
         yield
+    except SystemExit as end:  # of on_first()
+        run.disband(end)
+        raise
     except Exception as error:
         with contextlib.suppress(Exception):  # a dead GPU or disk is not to hide the error itself
             if read_or_empty(run.out / "status.json").get("state") != "failed":  # the first knows why
@@ -2162,7 +2169,7 @@ def post_mortem(run, state):
                              traceback="".join(traceback.format_exception(error)))
                 write_torch(run.out / "error.pt", checkpoint(run, state))
         if isinstance(error, FloatingPointError):  # all processes alike
-            run.disband()
+            run.disband(error)
             fail(str(error))
         if isinstance(error, OSError) and status_of(error) == 1:
             fail(f"{error.strerror}: {error.filename or run.out}; the last checkpoint is whole", 1)
@@ -2200,7 +2207,11 @@ def main():
             raise
         fail("the networks do not fit into memory: take a smaller --width, --width-d or --latent-dim")
     watch = Watch(run) if run.rank == 0 else Mute()
-    saved, path = run.on_first(watch.open)  # RUN need not be visible on every node
+    try:
+        saved, path = run.on_first(watch.open)  # RUN need not be visible on every node
+    except SystemExit:
+        run.disband()
+        raise
     if saved is not None:
         state.load_state_dict(saved)
         state.meter.sums /= run.world
