@@ -565,14 +565,14 @@ class Generator(nn.Module):
 
     def __init__(self, m):
         super().__init__()
-        self.blocks = m.blocks  # a resolution, of resnet
+        self.blocks, self.extra_convs = m.blocks, m.extra_convs  # a resolution: of resnet; of the others
         self.encode = None if m.condition == "none" else Encoder(m.condition, m.known)
         self.augment = nn.Linear(EMBEDDING, 2 * EMBEDDING) if m.cond_augment else None
         self.noise_dim = m.latent_dim + (EMBEDDING if m.cond_augment else 0)
         widths = widths_of(m.width, m, self.outer)[::-1]  # 64×64, width 64: 512, 256, 128, 64
         base, self.inputs = m.sizes[-1] >> m.depth, m.latent_dim + (EMBEDDING if self.encode else 0)
-        self.stages = nn.ModuleList([self.first(self.inputs, widths[0], base, m.extra_convs)])
-        self.stages.extend(self.stage(a, b, m.extra_convs) for a, b in zip(widths, widths[1:]))
+        self.stages = nn.ModuleList([self.first(widths[0], base)])
+        self.stages.extend(self.stage(a, b) for a, b in zip(widths, widths[1:]))
         # the last stage of each size
         self.ends = [(size // base).bit_length() - 1 - self.outer for size in m.sizes]
         self.heads = nn.ModuleList(self.head(widths[end], m.channels) for end in self.ends)
@@ -689,16 +689,17 @@ class DCGANGenerator(Generator):
     """Radford et al. 2016: transposed 4×4 convolutions, batch normalisation, ReLU."""
     init = staticmethod(dcgan_init)
 
-    def block(self, a, b, extra, *shape):
+    def block(self, a, b, *shape):
         convs = [nn.ConvTranspose2d(a, b, *shape, bias=False)]
-        convs += [nn.Conv2d(b, b, 3, 1, 1, bias=False) for _ in range(extra)]
+        convs += [nn.Conv2d(b, b, 3, 1, 1, bias=False) for _ in range(self.extra_convs)]
         return [layer for conv in convs for layer in (conv, BatchNorm(b), nn.ReLU(True))]
 
-    def first(self, inputs, width, base, extra):
-        return nn.Sequential(nn.Unflatten(1, (inputs, 1, 1)), *self.block(inputs, width, extra, base, 1, 0))
+    def first(self, width, base):
+        unflatten = nn.Unflatten(1, (self.inputs, 1, 1))
+        return nn.Sequential(unflatten, *self.block(self.inputs, width, base, 1, 0))
 
-    def stage(self, a, b, extra):
-        return nn.Sequential(*self.block(a, b, extra, 4, 2, 1))
+    def stage(self, a, b):
+        return nn.Sequential(*self.block(a, b, 4, 2, 1))
 
     def head(self, width, channels):
         return nn.ConvTranspose2d(width, channels, 4, 2, 1, bias=False)
@@ -748,10 +749,11 @@ class SNGANGenerator(DCGANGenerator):
     edge = "replicate"  # zeros around the map would change a colour there
     squash = staticmethod(lambda x: x.float().tanh())  # in bf16 black and white move by half a level of gray
 
-    def stage(self, a, b, extra):
+    def stage(self, a, b):
         # free transposed convolutions leave their grid on flat colours
         convs = [UpConv(a, b, bias=False, padding_mode=self.edge)]
-        convs += [nn.Conv2d(b, b, 3, 1, 1, bias=False, padding_mode=self.edge) for _ in range(extra)]
+        convs += [nn.Conv2d(b, b, 3, 1, 1, bias=False, padding_mode=self.edge)
+                  for _ in range(self.extra_convs)]
         return Modulated(*(x for conv in convs for x in (conv, Modulation(self.inputs, b), nn.ReLU(True))))
 
     def head(self, width, channels):
@@ -776,11 +778,12 @@ class SNGANDiscriminator(DCGANDiscriminator):
 class UpsampleGenerator(Generator):
     """Linear to the first feature map, then nearest-neighbour upsampling and 3×3 convolutions."""
 
-    def first(self, inputs, width, base, extra):
-        return nn.Sequential(nn.Linear(inputs, width * base * base), nn.Unflatten(1, (width, base, base)))
+    def first(self, width, base):
+        unflatten = nn.Unflatten(1, (width, base, base))
+        return nn.Sequential(nn.Linear(self.inputs, width * base * base), unflatten)
 
-    def stage(self, a, b, extra):
-        convs = [UpConv(a, b)] + [nn.Conv2d(b, b, 3, 1, 1) for _ in range(extra)]
+    def stage(self, a, b):
+        convs = [UpConv(a, b)] + [nn.Conv2d(b, b, 3, 1, 1) for _ in range(self.extra_convs)]
         return nn.Sequential(*(x for conv in convs
                                for x in (conv, BatchNorm(b, momentum=0.8), nn.LeakyReLU(0.2, True))))
 
@@ -880,10 +883,10 @@ class ResnetGenerator(Generator):
         if m.condition == "label":
             self.encode, self.told = OneHot(m.known, EMBEDDING), 1
 
-    def first(self, inputs, width, base, extra):
-        return nn.Sequential(Basis(inputs, width, base), *[Residual(width) for _ in range(self.blocks)])
+    def first(self, width, base):
+        return nn.Sequential(Basis(self.inputs, width, base), *[Residual(width) for _ in range(self.blocks)])
 
-    def stage(self, a, b, extra):
+    def stage(self, a, b):
         narrow = [nn.Conv2d(a, b, 1, bias=False)] if a != b else []
         return nn.Sequential(*narrow, Resample(up=True), *[Residual(b) for _ in range(self.blocks)])
 
@@ -1234,7 +1237,7 @@ class Player(Saved):
         self.skips = torch.zeros(3, device=run.device)  # in all, in a row, the longest row of an interval
         kind, args = run.device.type, run.args
         self.lr = torch.zeros((), dtype=torch.float64 if kind == "cpu" else torch.float32, device=run.device)
-        # weights of R1 and R2 and the share of images augmented, as far as they are in use
+        # weights of R1 and R2 and the share of images augmented, as far as they are in use; D's are read
         self.amounts = {k: self.skip.clone() for k in ("r1", "r2", "diffaug") if getattr(args, k)}
         self.optimizer = OPTIMIZERS[args.optimizer](
             self.params, self.lr, (args.beta1, run.at(0).beta2), fused=True,
@@ -1628,7 +1631,10 @@ def load_file(path):
 
 
 def checkpoint(run, state):
-    """All that resuming needs. Random numbers are a function of (seed, step, rank): they have no state."""
+    """All that resuming needs. Random numbers are a function of (seed, step, rank): they have no state.
+
+    The meter's sums are this process's own.
+    """
     return state.state_dict() | {"format": FORMAT, "options": vars(run.args), "model": run.model,
                                  "fingerprint": run.data.meta["fingerprint"]}
 
@@ -2240,7 +2246,7 @@ def main():
             watch.end(state, "finished")
     run.disband()
     if number:
-        how = "" if args.resume == "auto" else " with --resume auto"
+        how = " with --resume auto" if args.resume == "never" else ""
         fail(f"{signal.Signals(number).name}: saved at step {state.step} of {run.total}; the same command "
              f"goes on{how}", TRY_AGAIN)
 
