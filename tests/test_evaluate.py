@@ -347,6 +347,9 @@ def test_real_images_against_others(tmp_path, monkeypatch):
     assert real["floor"] == pytest.approx(evaluate.frechet_distance(*halves)) and real["floor"] > 0
     seen = network.seen
     assert evaluate.real_statistics(network, data, None, True, "cpu")["floor"] == real["floor"] and network.seen == seen
+    (data.folder / "fid_41.npz").write_bytes(b"")
+    assert evaluate.real_statistics(network, data, None, True, "cpu")["floor"] == real["floor"] and network.seen == seen
+    assert np.load(data.folder / "fid_41.npz")["mu"][0] == real["mu"][0], "what was damaged is made anew"
     assert evaluate.real_statistics(Brightness("another"), data, None, False, "cpu")["mu"][0] > real["mu"][0] + 5
 
 
@@ -381,7 +384,8 @@ def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["fid"]["n_generated"] == 10 and metrics["fid"]["n_real"] == 16
     assert f"{metrics['fid']['value']:.2f}" in said and "generated 10, real 16" in said and "report.html" in said
-    assert 0 < metrics["floor"]["value"] < metrics["fid"]["value"]
+    assert 0 < metrics["floor"]["value"] < metrics["fid"]["value"] and metrics["floor"]["n_real"] == 16
+    assert "real against real is of 16 images each, the FID of 10 against 16" in said
     assert metrics["samples"]["seed"] == 0 and weights.name in metrics["fid"]["protocol"]
     assert not (run / "images.features").exists() and (shapes / "features").is_dir()
     kept = np.load(shapes / "fid_16.npz")
@@ -526,7 +530,21 @@ def test_statistics_and_counts_that_cannot_be_are_refused(shapes, tmp_path):
         refused("evaluate.py", "--images", images, "--data", data, *options, naming=naming)
 
 
-def test_other_size_is_said(tmp_path):
+def test_clip_score(tmp_path):
+    """Each image with its own caption: 100 where they are one, 0 where they are at right angles."""
+    class Model:
+        def encode(self, inputs, normalize_embeddings):
+            return np.eye(3)[[i.getpixel((0, 0))[0] if isinstance(i, Image.Image) else int(i) for i in inputs]]
+    images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    notes = [{"caption": str(i)} for i in range(3)]
+    found = evaluate.clip_score(Model(), "a model", notes, images)["clip"]
+    assert found["value"] == 100 and found["n_generated"] == 3 and "a model" in found["protocol"]
+    assert evaluate.clip_score(Model(), "", [*notes[1:], notes[0]], images)["clip"]["value"] == 0
+    refused("evaluate.py", "--images", folder_of(tmp_path / "a", 4, 0), "--reference", folder_of(tmp_path / "b", 4, 0),
+            "--clip", "x", naming="has no captions beside it")
+
+
+def test_other_size_is_said(tmp_path, capsys):
     small, large = np.zeros((2, 8, 8, 1), np.uint8), np.zeros((2, 16, 12, 3), np.uint8)
     for name in "ab":
         Image.fromarray(large[0]).save(tmp_path / f"{name}.png")
@@ -534,6 +552,10 @@ def test_other_size_is_said(tmp_path):
     assert evaluate.other_size(large, files) == evaluate.other_size(small, {"mu": 0}) == []
     [said] = evaluate.other_size(files, small)
     assert "12×16" in said and "8×8" in said
+    Image.fromarray(large[0, :12]).save(tmp_path / "c.png")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.open_images("--images", tmp_path)
+    assert f"--images {tmp_path}: images of different sizes" in capsys.readouterr().err
 
 
 def test_folders_are_read_as_data_is(tmp_path):
