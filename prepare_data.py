@@ -87,9 +87,10 @@ REASONS = {"uncaptioned image": "no caption", "stray image": "lies beside the fo
            "wordless text": "no word in it",
            "unmatched caption": "the image of a caption is not there"}  # of others: "LABEL is not read"
 MAX_NAMED = 20_000  # files left out by the listing that meta.json names; beyond, they are counted
-MAX_FILE_BYTES = 1 << 29  # a zip member larger than this is a bomb, not a picture or a text
+MAX_FILE_BYTES = 1 << 29  # a member of an archive larger than this is a bomb, not a picture or a text
 MAX_WORDS, MAX_VOCABULARY = 32, 10_000  # of a caption; of all, the others become <unk>
-CHUNK = 32  # images a task: large enough that passing them costs little beside decoding
+CHUNK = 32  # images a task at most: so many that passing them costs little beside decoding
+CHUNK_BYTES = 1 << 22  # of the pixels, or of the files, of a task: the most, by which memory is bounded
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATHS = ("root", "captions")  # options
 LISTS = ("captions.jsonl", "metadata.jsonl")  # captions among the images; the second as Hugging Face has it
@@ -581,7 +582,7 @@ def open_root(root):
             return open_file, *list_folder(root)
         if not root.is_file():
             raise OSError("a pipe, a socket or a device" if root.exists() else "no such file")
-        if zipfile.is_zipfile(root):
+        if zipfile.is_zipfile(root) and not tarfile.is_tarfile(root):  # whose last member may be a .zip
             archive = zipfile.ZipFile(root)
             members = [(m.filename, m, target_of(archive, m)) for m in archive.infolist() if not m.is_dir()]
             return archive.open, *list_archive(members)
@@ -731,8 +732,10 @@ def read_member(read, member):
     """The bytes of a member of open_root, or the reason (an exception) why they cannot be had."""
     try:
         with read(member) as file:  # a link is followed within the archive
-            data = file.read(MAX_FILE_BYTES + 1)
-        return data if len(data) <= MAX_FILE_BYTES else ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+            data = file.read(-1 if read is open_file else MAX_FILE_BYTES + 1)
+        if read is open_file or len(data) <= MAX_FILE_BYTES:
+            return data
+        return ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB: unpack the archive")
     except Exception as error:  # damage, encryption, an unknown compression: this member alone is lost
         return error
 
@@ -920,16 +923,16 @@ def pair(listed, images):
         for depth in range(len(parts)):
             if (folder := "/".join(parts[:depth])) in below:
                 below[folder]["/".join(parts[depth:])] = path
+    inside = {folder: {path.removeprefix(f"{folder}/"): path for path in told}
+              for folder, told in listed.items()}
     for folder, told in listed.items():
-        inside = {path.removeprefix(f"{folder}/"): path for path in told}
         same = [(path, path) for path in told.keys() & spelled.keys()]
-        pairs[folder] = dict(same or by_path(inside, below[folder]))
+        pairs[folder] = dict(same or by_path(inside[folder], below[folder]))
     found = {path for found in pairs.values() for path in found.values()}
-    for folder, told in listed.items():
-        inside = {path.removeprefix(f"{folder}/"): path for path in told}
-        barred = {os.path.basename(path) for path, whole in inside.items()
+    for folder in listed:
+        barred = {os.path.basename(path) for path, whole in inside[folder].items()
                   if whole in pairs[folder] or "/" in path and pairs[folder]}
-        free = {path: whole for path, whole in inside.items() if os.path.basename(path) not in barred}
+        free = {path: whole for path, whole in inside[folder].items() if os.path.basename(path) not in barred}
         more = [(entry, path) for entry, path in by_name(free, below[folder]) if path not in found]
         pairs[folder] |= more
         alone += [(entry, spelled[path]) for entry, path in more]
@@ -1165,7 +1168,9 @@ def read_picture(file, background="white", reduce=1):
     profile = image.info.get("icc_profile")
     if image.format == "JPEG":
         image.draft(None, [math.ceil(side / reduce) for side in image.size])
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    with contextlib.suppress(SyntaxError):  # what says how it is turned may be damaged
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
         image = gray_of(image)
     clear = image.convert("RGBA") if image.has_transparency_data else None
@@ -1202,7 +1207,9 @@ def square_pixels(image, size, channels, crop, background):
 
 def why_unread(error, file):
     """What a decoder says, without the file's name."""
-    reason = (getattr(error, "strerror", None) or str(error)).replace(f" {str(file)!r}", "")
+    reason = getattr(error, "strerror", None) or str(error)
+    if not isinstance(file, bytes):
+        reason = reason.replace(f" {str(file)!r}", "")
     return re.sub(r" ?<_io.BytesIO[^>]*>", "", reason) or type(error).__name__
 
 
@@ -1234,6 +1241,15 @@ def decode(items, args):
     return results
 
 
+def take(items, count):
+    """A list of the next items: so many, or fewer where the files that they hold are large."""
+    chunk, held = [], 0
+    while len(chunk) < count and held < CHUNK_BYTES and (item := next(items, None)):
+        chunk.append(item)
+        held += len(item.payload) if isinstance(item.payload, bytes) else 0
+    return chunk
+
+
 def serve(connection, inherited, args):
     """A worker: lists of Items come in, what `decode` makes of them goes out, until the other end is gone."""
     for end in inherited:  # of the parent, which would never be gone
@@ -1249,6 +1265,7 @@ def serve(connection, inherited, args):
 def decode_all(items, args):
     """Results of `decode` in order, from all cores, with a bounded number of images under way."""
     items, window, workers, idle, pipes = iter(items), deque(), [], queue.SimpleQueue(), []
+    count = max(1, min(CHUNK, CHUNK_BYTES // (args.size ** 2 * args.channels)))
     on_signals(lambda number, frame: stopped.append(number))
     for _ in range(args.workers):  # a pipe each: it ends with its worker; a shared one would not
         ours, theirs = multiprocessing.Pipe()
@@ -1267,7 +1284,7 @@ def decode_all(items, args):
             idle.put(connection)
     threads = ThreadPoolExecutor(args.workers)
     try:
-        while (chunk := list(itertools.islice(items, CHUNK))) or window:
+        while (chunk := take(items, count)) or window:
             if chunk:
                 window.append(threads.submit(work, chunk))
             if not chunk or len(window) >= 4 * args.workers:
@@ -1422,10 +1439,10 @@ def read_texts(args):
     for name in names or fail(f"--root {root}: no .txt or .jsonl in it"):
         try:
             data = read_member(read, names[name])
-            texts += lines_of(text_of(data)) if not name.lower().endswith(".jsonl") else [
+            lines = lines_of(text_of(data)) if not name.lower().endswith(".jsonl") else [
                 text for _, told in json_lines(data) for text in told]
-            left += [(name, "null caption")] * texts.count(None)
-            texts = [text for text in texts if text is not None]
+            left += [(name, "null caption")] * lines.count(None)
+            texts += [text for text in lines if text is not None]
         except ValueError as error:
             fail(f"--root {root}: {name}: {error}")
 
@@ -1517,7 +1534,8 @@ def save_array(path, array, digest):
 def source_options(args):
     """The options that decide what DATA holds, paths in one spelling."""
     options = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "strict")}
-    return options | {k: os.path.realpath(options[k]) for k in PATHS if os.path.exists(options[k] or "")}
+    return options | {k: os.path.realpath(options[k]) for k in PATHS
+                      if options[k] not in (None, "", "inside", "none")}
 
 
 def cores():
@@ -1588,7 +1606,7 @@ def check(args):
         fail(f"--background {args.background}: not a colour (a name like white, or #rrggbb)")
     if not args.out:
         fail("--out is empty: name the folder to make")
-    if args.source in ("folder", "coco", "text") and args.root is None and not args.synthetic_oracle:
+    if args.source in ("folder", "coco", "text") and not args.root and not args.synthetic_oracle:
         what = "file of texts" if args.source == "text" else "folder or archive of images"
         fail(f"--root is missing: the {what}")
     if args.source == "coco" and args.captions in (None, "none", "inside"):

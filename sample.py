@@ -40,7 +40,7 @@ from tqdm import tqdm
 from prepare_data import (EXTENSIONS, Data, Parser, fail, find_device, flag, keep_memory, leave, lines_of,
                           load_text_encoder, on_signals, partial_folder, plural, read_json, read_or_empty,
                           status_of, steady_output, text_of, whole_file, within, words_of, write_text)
-from train import latents, load_generator, make_grid, to_pixels, to_texts
+from train import latents, load_generator, make_grid, out_of_memory, to_pixels, to_texts
 
 BLOCK = 64  # images a pass, always: another number would round the last bits another way
 FRAMES = 12  # of the animation, from one point of a walk to the next
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     add("--run", metavar="RUN", help="folder of a run, or a generator's file")
     add("--out", metavar="PATH", needs="--run", help="folder of numbered PNGs, or a file ending in .npz "
         "(default: RUN/images); of texts, a file ending in .txt")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--device", default="auto", excludes="--export", help="auto, cpu, cuda, cuda:1, mps")
     add("--export", metavar="FILE", needs="--run", excludes=["--num", "--out", "--grid", "--interpolate",
         "--seed", "--labels", "--text", "--text-file", "--data", "--held-out", "--truncation", "--at",
         "--temperature"], help="the generator alone for other programs, instead of images: .pt2 for torch, "
@@ -214,7 +214,7 @@ def encode_texts(told, saved):
     if not all(text.strip() for text in texts):
         fail("--text: an empty caption")
     if saved["text_encoder"]:
-        return torch.from_numpy(load_text_encoder(saved["text_encoder"]).encode(texts)).float()
+        return torch.from_numpy(load_text_encoder(saved["text_encoder"], "--text").encode(texts)).float()
     index = {word: i for i, word in enumerate(saved["vocabulary"])}
     split = [words_of(text) for text in texts]
     for (text, place), words in zip(told, split):
@@ -338,7 +338,6 @@ def animate(frames, duration):
 
 def captioned(notes, pixels, real):
     """A picture of images with their captions below them, and beside each the real image of that caption."""
-    prepare_data.need("matplotlib")
     import matplotlib  # for its font, which has more letters than Pillow's
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 10)
     side, width, height, columns = 96, 216, 150, min(4, len(notes))
@@ -681,7 +680,8 @@ def find_out(args, folder):
     odd = out.suffix.lower() in EXTENSIONS.union((".npy", ".txt", ".zip"))
     odd = odd or out.is_file() and out.suffix != ".npz"
     if odd or args.out is not None and Path.cwd().is_relative_to(os.path.realpath(args.out)):  # ., .., /, ""
-        fail(f"--out {args.out!r}: name a folder to make, or a file ending in .npz")
+        fail(f"--out {out if args.out is None else repr(args.out)}: name a folder to make, or a file ending "
+             "in .npz")
     if not out.parent.is_dir():
         fail(f"--out {out}: {out.parent} is not a folder")
     return out
@@ -707,6 +707,8 @@ def write_pictures(args, generator, saved, digest, folder, device):
     grid, captions, still, moving = (folder / (prefix + name) for name in (
         "grid.png", "captions.png", "interpolation.png", "interpolation.webp"))
     told = saved["model"]["condition"] in ("text", "vector")
+    if args.grid and told:
+        prepare_data.need("matplotlib")
     written.check(*[out, record, notes] * bool(args.num and not done), *[grid] * bool(args.grid),
                   *[captions] * bool(args.grid and told), *[still, moving] * bool(args.interpolate))
 
@@ -785,6 +787,10 @@ def main():
     except OSError as error:
         where = error.filename or args.out or args.export or args.run or args.film
         fail(f"{error.strerror or error}: {where}", status_of(error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        fail("not enough memory: --device cpu, or fewer images where they go into one .npz", 1)
 
 
 if __name__ == "__main__":

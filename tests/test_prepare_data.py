@@ -670,6 +670,37 @@ def test_an_archive_that_names_twice(tmp_path):
     (tmp_path / "broken.tar").write_bytes(data)
     for name in ("two.tar", "broken.tar"):
         refuse("folder", "--root", tmp_path / name, "--out", tmp_path / "x", naming=[name, "damaged after the first"])
+    with tarfile.open(tmp_path / "last.tar", "w") as archive:  # whose end looks like a zip's
+        archive.addfile(*tar_member("1.png", tarfile.REGTYPE, data=picture("red")))
+        archive.addfile(*tar_member("z.zip", tarfile.REGTYPE, data=(tmp_path / "a.zip").read_bytes()))
+    assert list(prepare_data.open_root(tmp_path / "last.tar")[1]) == ["1.png", "z.zip"]
+
+
+def test_a_task_holds_no_more_than_memory_can(monkeypatch):
+    """Of small files so many; large ones end a task, and so do large pixels."""
+    def sizes(items, count):
+        items = iter([prepare_data.Item("", payload) for payload in items])
+        return [len(chunk) for chunk in iter(lambda: prepare_data.take(items, count), [])]
+    assert sizes([0] * 70, 32) == [32, 32, 6] and sizes([bytes(10)] * 5, 32) == [5]
+    monkeypatch.setattr(prepare_data, "CHUNK_BYTES", 25)
+    assert sizes([bytes(10)] * 7, 32) == [3, 3, 1] and sizes([bytes(99), "path", bytes(1)], 32) == [1, 2]
+
+
+def test_pictures_with_damaged_notes_are_read():
+    damaged = io.BytesIO(picture("red", exif=b"JUNKJUNKJUNK"))
+    assert prepare_data.read_picture(damaged).getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_a_text_of_ones_own_may_be_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "MAX_FILE_BYTES", 10)
+    (tmp_path / "long.txt").write_text("words " * 9)
+    with zipfile.ZipFile(tmp_path / "long.zip", "w") as archive:
+        archive.write(tmp_path / "long.txt", "long.txt")
+        archive.writestr("short.txt", "words")
+    assert len(prepare_data.read_member(prepare_data.open_file, tmp_path / "long.txt")) == 54
+    read, names, _ = prepare_data.open_root(tmp_path / "long.zip")
+    assert "larger than" in str(prepare_data.read_member(read, names["long.txt"]))
+    assert prepare_data.read_member(read, names["short.txt"]) == b"words"
 
 
 def test_coco_ids_and_nulls(made, tmp_path):
@@ -765,6 +796,10 @@ def test_already_prepared_is_said_when_it_is(tmp_path, monkeypatch):
             if (name, harm) != ("meta.json", None):
                 refuse(*again, "src", naming=["--out"])
         (tmp_path / "real" / name).write_bytes(whole)
+    args = prepare_data.parse_args(["mnist", "--root", "gone", "--out", "m"])  # what has been read may be deleted
+    there = prepare_data.source_options(args)
+    os.mkdir("gone")
+    assert prepare_data.source_options(args) == there and there["root"] == str(tmp_path / "gone")
     for content in ("5", "[]", "{}"):
         (tmp_path / "real" / "meta.json").write_text(content)
         refuse(*again, "src", naming=["--out", "meta.json"])
@@ -955,6 +990,8 @@ def test_one_worker_killed_while_it_hands_over_or_the_terminal_closed(tmp_path, 
 
 
 def test_no_tracebacks(tmp_path):
+    for source in ("text", "folder"):
+        refuse(source, "--root", "", "--out", tmp_path / "x", naming="--root is missing")
     put(tmp_path, {"src/1.png": "red", "locked/1.png": "red", "empty/x": ""})
     (tmp_path / "empty" / "x").unlink()
     locked, data = tmp_path / "locked.zip", io.BytesIO()
