@@ -287,6 +287,10 @@ def find_device(name, processes=1):
         fail(f"--device {name}: {processes} processes would share it; use --device cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("SLURM_JOB_GPUS", ""))
+        if name == "cpu" and given not in ("", "-1", "NoDevFiles"):
+            fail(f"--device auto: GPU {given} is given (CUDA_VISIBLE_DEVICES or SLURM), and torch "
+                 f"{torch.__version__} can use none: see nvidia-smi, or take --device cpu")
     if name == "cuda":
         count = torch.cuda.device_count()
         own = count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # each process is shown another

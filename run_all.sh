@@ -128,6 +128,11 @@ esac
 [ -z "$shapes" ] || ROOT=$shapes/captions.jsonl
 [ -z "${ROOT-}" ] || prepare+=(--root "$ROOT")
 call="$recipe $data ${prepare[*]-} ${train[*]-} $count ${real[*]-} $*"
+again=''
+case " $* " in *" --resume never "* | *" --resume=never "*)
+    again=' with --resume auto'
+    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || set -- "$@" --resume auto ;;  # this job has started over already
+esac
 
 if [ -f "$run/generator.pt" ] && [ -f "$run/report.html" ] && [ "$run/done" -nt "$run/generator.pt" ] &&
     [ "$(cat "$run/done")" = "$call" ]; then
@@ -155,11 +160,17 @@ elif python3 -c "$has" 2>/dev/null; then
 else
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         mistake "needs Python 3.11 or later as python3, or named by PYTHON="
-    say "installing the packages of requirements.txt into .venv (once)"
-    python3 -m venv "$here/.venv"
-    "$here/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
-    cp "$here/requirements.txt" "$here/.venv/complete"
     python=$here/.venv/bin/python
+    mkdir -p "$here/.venv"
+    exec 8>>"$here/.venv/lock"
+    python3 -c 'import fcntl; fcntl.flock(8, fcntl.LOCK_EX)' || true  # where another call installs, wait
+    cmp -s "$here/requirements.txt" "$here/.venv/complete" || {
+        say "installing the packages of requirements.txt into .venv (once)"
+        python3 -m venv "$here/.venv"
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+        cp "$here/requirements.txt" "$here/.venv/complete"
+    }
+    exec 8>&-
 fi
 [ "$recipe" != gpu-check ] || exec "$python" "$here/tests/gpu_check.py" "$@"
 if [ "$recipe" = tests ]; then
@@ -177,7 +188,7 @@ stop() {
     [ -z "$child" ] || kill -"$notice" "$child" 2>/dev/null || true
 }
 leave() {
-    say "run_all.sh: interrupted by SIG$stopped; the same command goes on" >&2
+    say "run_all.sh: interrupted by SIG$stopped; the same command goes on$again" >&2
     # SIGUSR1 is the warning before the time limit, see #SBATCH --signal; after scancel nothing is to go on
     [ "$stopped" != USR1 ] || [ -z "${SLURM_JOB_ID-}" ] || scontrol requeue "$SLURM_JOB_ID" || true
     exit 75

@@ -23,7 +23,7 @@ import traceback
 import warnings
 import zipfile
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -2020,7 +2020,7 @@ def draw(run, state, rows):
 
 def train(run, state, watch, signals):
     """Step until the end or a signal. Returns the number of the signal that ended it, or 0."""
-    args, number = run.args, 0
+    args, number, queue = run.args, 0, deque()
     step, data = run.data.step, batches(run, state.step)
     if state.G.optimizer.defaults.get("capturable"):
         step = graphed(step)
@@ -2030,6 +2030,8 @@ def train(run, state, watch, signals):
         step(run, state, *prepare_step(run, state), *next(data))
         state.step += 1
         watch.stamp(args.batch_size)
+        if run.device.type == "cuda":
+            follow(queue)
         last = state.step == run.total or fid_due(run, state)  # which may be the last, by --patience
         if state.step % args.log_every == 0 or last:
             log_interval(run, state, watch)
@@ -2040,6 +2042,17 @@ def train(run, state, watch, signals):
         if not scored and (state.step % args.save_every == 0 or last or number):
             save(run, state)
     return 0 if over(run, state) else number
+
+
+def follow(queue):
+    """Wait until the GPU is at most two steps behind, of whose ends queue has the events.
+
+    So a signal is answered within these, and no more batches wait in memory.
+    """
+    queue.append(torch.cuda.Event(blocking=True))
+    queue[-1].record()
+    if len(queue) > 2:
+        queue.popleft().synchronize()
 
 
 def log_interval(run, state, watch):
@@ -2169,18 +2182,25 @@ def post_mortem(run, state):
         run.disband(end)
         raise
     except Exception as error:
+        alike = isinstance(error, FloatingPointError)  # of all processes
+        orphaned = "gloo" in str(error) and "peer" in str(error)
         with contextlib.suppress(Exception):  # a dead GPU or disk is not to hide the error itself
-            if read_or_empty(run.out / "status.json").get("state") != "failed":  # the first knows why
+            first = read_or_empty(run.out / "status.json").get("state") != "failed"  # which knows why
+            if first and not (alike and run.rank):
                 write_status(run, state, "failed", error=f"{type(error).__name__}: {error}",
                              traceback="".join(traceback.format_exception(error)))
-                write_torch(run.out / "error.pt", checkpoint(run, state))
-        if isinstance(error, FloatingPointError):  # all processes alike
+                if not orphaned:
+                    write_torch(run.out / "error.pt", checkpoint(run, state))
+        if orphaned:
+            try:
+                fail(f"another process ended at step {state.step}; the last checkpoint is whole", 1)
+            finally:
+                os._exit(1)  # what the GPU waits for will not come, and so the usual end might not
+        if alike:
             run.disband(error)
             fail(str(error))
         if isinstance(error, OSError) and status_of(error) == 1:
             fail(f"{error.strerror}: {error.filename or run.out}; the last checkpoint is whole", 1)
-        if "gloo" in str(error) and "peer" in str(error):
-            fail(f"another process ended at step {state.step}; the last checkpoint is whole", 1)
         if out_of_memory(error):
             more = ", --amp bf16" if run.amp == "off" else ""
             fail(f"out of memory at step {state.step}: try --grad-accum {2 * run.args.grad_accum} (the same "
@@ -2212,6 +2232,9 @@ def main():
         if not out_of_memory(error) and "overflow" not in str(error):
             raise
         fail("the networks do not fit into memory: take a smaller --width, --width-d or --latent-dim")
+    if run.world > 1:  # nodes of other processors draw other last bits
+        for part in (state.G, state.D, state.ema):
+            dist.broadcast(part.weights, 0)
     watch = Watch(run) if run.rank == 0 else Mute()
     try:
         saved, path = run.on_first(watch.open)  # RUN need not be visible on every node

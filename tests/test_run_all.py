@@ -59,19 +59,57 @@ def test_interrupted_it_goes_on(tmp_path):
     assert subprocess.run([*command, "--lr-g", "1"], env=settings, capture_output=True).returncode == 2
 
 
-def test_ctrl_c_before_the_first_stage(tmp_path):
+@pytest.mark.parametrize("options, how", [((), ""), (("shapes", "--resume", "never"), " with --resume auto")])
+def test_ctrl_c_before_the_first_stage(options, how, tmp_path):
     """While the options are checked, too: one line and 75."""
     stub, begun = tmp_path / "python", tmp_path / "begun"
     stub.write_text(f'#!/bin/sh\ncase "$*" in *parse_args*) touch "{begun}"; exec sleep 60;; esac\n')
     stub.chmod(0o755)
-    process = subprocess.Popen(["bash", str(ROOT / "run_all.sh")], stderr=subprocess.PIPE, text=True, start_new_session=True,
+    process = subprocess.Popen(["bash", str(ROOT / "run_all.sh"), *options], stderr=subprocess.PIPE, text=True, start_new_session=True,
                                env=os.environ | environment(tmp_path) | {"PYTHON": str(stub)})
     while not begun.exists():
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=30)[1].splitlines() == [
-        "run_all.sh: interrupted by SIGINT; the same command goes on"]
+        f"run_all.sh: interrupted by SIGINT; the same command goes on{how}"]
     assert process.returncode == 75
+
+
+def test_a_requeued_job_starts_over_once(tmp_path):
+    (tmp_path / "run").mkdir()
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\ncase "$1$2" in -c*make_run*) echo 1 1 1 1 64 1;; -c*parse_args*) echo 32;; -c*) echo 5000;; '
+                    '*) echo "$@" >>"$RUN/calls";; esac\n')
+    stub.chmod(0o755)
+    for count, ends in (("0", "--resume never"), ("1", "--resume never --resume auto")):
+        call("bash", ROOT / "run_all.sh", "shapes", "--resume", "never",
+             **environment(tmp_path) | {"SLURM_RESTART_COUNT": count, "PYTHON": str(stub)})
+        [train] = [line for line in (tmp_path / "run" / "calls").read_text().splitlines() if "train.py" in line]
+        assert train.endswith(f"-- {ends}")
+        for name in ("calls", "done"):
+            (tmp_path / "run" / name).unlink()
+
+
+def test_two_first_calls_install_once(tmp_path):
+    for name in ("run_all.sh", "requirements.txt", "train.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    bare = tmp_path / "bin" / "python3"  # a python3 without the packages, whose venv notes what it installs
+    bare.parent.mkdir()
+    bare.write_text(f"""#!/bin/sh
+case "$*" in
+    *find_spec*) exit 1 ;;
+    "-m venv "*) mkdir -p "$3/bin"; printf '#!/bin/sh\\necho "$@" >>"$0.calls"; sleep 1\\n' >"$3/bin/python"
+                 chmod +x "$3/bin/python" ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+""")
+    bare.chmod(0o755)
+    settings = os.environ | {"PATH": f"{bare.parent}:{os.environ['PATH']}"}
+    settings.pop("PYTHON", None)
+    both = [subprocess.Popen(["bash", tmp_path / "run_all.sh", "gpu-check"], env=settings) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    calls = (tmp_path / ".venv" / "bin" / "python.calls").read_text().splitlines()
+    assert [("pip install" in line, "gpu_check" in line) for line in calls] == [(True, False), (False, True), (False, True)]
 
 
 def test_mistakes(tmp_path):

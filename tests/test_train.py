@@ -905,6 +905,38 @@ def test_what_a_step_recorded_is_gone_before_the_processes_part(tmp_path, monkey
     assert alive == [False, False]
 
 
+def test_the_host_is_at_most_two_steps_ahead(monkeypatch):
+    class Event:
+        def __init__(self, blocking):
+            made.append(self)
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            waited.append(made.index(self))
+    made, waited, queue = [], [], train.deque()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for step in range(5):
+        train.follow(queue)
+        assert waited == list(range(step - 1)), "after a step, for the end of the one before the last"
+
+
+def test_a_gpu_that_was_given_and_is_not_there(monkeypatch, capsys):
+    for module in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(module, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("SLURM_JOB_GPUS", raising=False)
+    assert train.find_device("auto").type == "cpu"
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0,1")
+    with pytest.raises(SystemExit, match="2"):
+        train.find_device("auto")
+    assert "GPU 0,1 is given" in capsys.readouterr().err and train.find_device("cpu").type == "cpu"
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert train.find_device("auto").type == "cpu"
+
+
 def test_refusals(shapes, trained, tmp_path, capsys):
     out = tmp_path / "out"
     base = ("train.py", "--data", shapes, "--out", out, "--device", "cpu")
