@@ -32,7 +32,7 @@ import train  # noqa: E402
 
 GPU = torch.cuda.is_available()
 SMALL = "shapes", "mnist", "mnist-deep", "captions"  # what a CPU steps through in seconds
-WARM, STEPS = 6, 20
+STEPS = 24  # timed
 
 
 def recipes():
@@ -75,12 +75,20 @@ def make(data, options, amp, parts):
     return run, train.make_state(run)
 
 
+def warm(run):
+    """Steps after which each kind of step is replayed: the fourth of a kind is recorded."""
+    return 4 * run.args.penalty_interval + 2
+
+
 def steps(run, state, count, graphs, forbid=False):
-    """Train so many steps; returns seconds a step after the first ones. forbid: waiting for the GPU is an error."""
+    """Train until all is warm, and so many steps more; returns seconds a step of these.
+
+    forbid: there waiting for the GPU is an error.
+    """
     step, data, began = run.data.step, train.batches(run, 0), time.perf_counter()
     step = train.graphed(step) if graphs else step
-    for i in range(count):
-        if i == WARM:
+    for i in range(warm(run) + count):
+        if i == warm(run):
             if GPU:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error" if forbid else "default")
@@ -90,7 +98,7 @@ def steps(run, state, count, graphs, forbid=False):
     if GPU:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
-    return (time.perf_counter() - began) / max(count - WARM, 1)
+    return (time.perf_counter() - began) / count
 
 
 def fastest(run, state, graphs):
@@ -98,7 +106,7 @@ def fastest(run, state, graphs):
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
-        rate = run.args.batch_size / steps(run, state, WARM + STEPS, graphs, forbid=True)
+        rate = run.args.batch_size / steps(run, state, STEPS, graphs, forbid=True)
     return rate, torch.cuda.max_memory_allocated() / 2**30 if GPU else 0
 
 
@@ -138,7 +146,7 @@ def check_parts(folder, options, amp, parts):
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
         for graph in (False, False, graphs):
             run, state = make(folder, options, amp, parts)
-            steps(run, state, 8, graph)
+            steps(run, state, 2, graph)
             states.append(state)
     noise, apart = difference(*states[:2]), difference(*states[1:])
     return f"{row}   apart by {apart:.0e}, two eager ones by {noise:.0e}", finite and apart <= 3 * noise
