@@ -1925,7 +1925,13 @@ class Watch:
         import evaluate
         run, start, n = self.run, time.perf_counter(), min(self.run.args.fid_num, len(self.run.data.rows))
         rows = np.random.default_rng(run.args.seed).permutation(len(run.data.rows))[:n]  # lend conditions
-        fid = evaluate.fid_against_data(draw(run, state, rows), run.args.data, n, run.device)
+        pixels = draw(run, state, rows)
+        try:
+            fid = evaluate.fid_against_data(pixels, run.args.data, n, run.device)
+        except torch.OutOfMemoryError:  # beside what training holds
+            torch.cuda.empty_cache()
+            tqdm.write(f"note: training leaves too little of {run.device} for Inception: FID on the CPU")
+            fid = evaluate.fid_against_data(pixels, run.args.data, n, torch.device("cpu"))
         seconds, better = time.perf_counter() - start, not state.best or fid < state.best["fid"]
         append_line(run.out / "fid.jsonl", {
             "step": state.step, "epoch": round(state.step / run.steps_per_epoch, 4), "fid": fid,

@@ -945,6 +945,24 @@ def test_a_gpu_that_was_given_and_is_not_there(monkeypatch, capsys):
         assert train.find_device("auto").type == "cpu"
 
 
+def test_fid_on_the_cpu_where_the_gpu_is_full(tmp_path, monkeypatch, capsys):
+    t, devices = trainer(tmp_path, "--fid-every", "1", "--condition", "text"), []
+    t.run.out.mkdir()
+
+    def scored(pixels, data, n, device):
+        devices.append(device.type)
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 7.0
+    monkeypatch.setattr(evaluate, "fid_against_data", scored)
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    watch = train.Watch(replace(t.run, device=torch.device("meta")))
+    watch.trackers = SimpleNamespace(log=lambda *args: None)
+    watch.logged = 0
+    assert watch.score(t.state) == 7 and devices == ["meta", "cpu"]
+    assert "FID 7.00" in (said := capsys.readouterr().out) and "FID on the CPU" in said
+
+
 def test_refusals(shapes, trained, tmp_path, capsys):
     out = tmp_path / "out"
     base = ("train.py", "--data", shapes, "--out", out, "--device", "cpu")
