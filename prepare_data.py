@@ -752,7 +752,8 @@ def source_state(args):
     for path in (args.root, args.captions or ""):
         for name, file in sorted((list_folder(path)[0] if os.path.isdir(path) else {"": path}).items()):
             with contextlib.suppress(OSError):  # reading it will say so
-                digest.update(f"{name!a} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}\n".encode())
+                entry = os.stat(file)
+                digest.update(f"{name!a} {entry.st_size} {entry.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
