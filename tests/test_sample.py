@@ -304,6 +304,19 @@ def test_exported_onnx_takes_captions_of_any_length(captioned, tmp_path):
         assert np.allclose(drawn, want, atol=1e-4)
 
 
+def test_an_export_that_draws_other_images_is_not_written(generator, tmp_path, monkeypatch, capsys):
+    export = sample.export_pt2
+
+    def another(program, about):
+        data, draw = export(program, about)
+        return data, lambda inputs: draw(inputs) + 0.01
+    monkeypatch.setattr(sample, "export_pt2", another)
+    with pytest.raises(SystemExit, match="1"):
+        sample.export(tmp_path / "g.pt2", *sample.load_generator(generator / "generator.pt"))
+    assert "not written, its images differ from the generator's by 0.01" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["generator.pth", "missing/generator.pt2", "generator.zip"])
 def test_export_refuses_other_names(generator, tmp_path, name):
     refused("sample.py", "--run", generator, "--export", tmp_path / name, naming="ends in .pt2 or .onnx")
