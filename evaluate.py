@@ -1195,7 +1195,7 @@ def parse_args(argv=None):
     add("--num-real", type=within(2, kind=int), excludes="--reference",
         help="how many of DATA's images, a seeded choice (default: all)")
     add("--floor", action="store_true", excludes="--reference",
-        help="also the FID of real images against as many others: what a perfect generator would get")
+        help="also the FID of real images against as many others: what a perfect generator gets of as many")
     add("--clip", metavar="NAME",
         help="also the CLIP score of images of captions, by a sentence-transformers model: clip-ViT-B-32")
     add("--weights", metavar="FILE",
@@ -1332,14 +1332,15 @@ def numbers_warnings(found, fake, real):
     if "kid" not in found:
         warned.append("no KID, precision, recall, modes: statistics hold no image's features")
     elif "precision" not in found:
-        warned.append(f"no precision, recall, density, coverage: they take over {NEIGHBOURS} images each")
+        warned.append("no precision, recall, density, coverage, authenticity: they take over "
+                      f"{NEIGHBOURS} images each")
     few = [str(x["n"]) for x in (fake, real) if x["n"] is not None and x["n"] < FULL_RANK]
     if few:
         warned.append(f"FID from {' and '.join(few)} images: under {FULL_RANK} the covariance is singular "
                       "and the figure too high; compare it with figures of the same n alone")
     if "floor" in real and fake["n"] and {fake["n"], real["n"]} != {real["floor_n"]}:
         warned.append(f"real against real is of {real['floor_n']} images each, the FID of {fake['n']} "
-                      f"against {real['n']}: a floor is of as many")
+                      f"against {real['n']}: a floor takes equal numbers, see --num-real")
     return warned
 
 

@@ -32,6 +32,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import socket
 import stat
 import sys
@@ -1173,8 +1174,8 @@ def read_picture(file, background="white", reduce=1):
     profile = image.info.get("icc_profile")
     if image.format == "JPEG":
         image.draft(None, [math.ceil(side / reduce) for side in image.size])
-    image.load()
-    with contextlib.suppress(SyntaxError):  # what says how it is turned may be damaged
+    image.load()  # damaged pixels raise here
+    with contextlib.suppress(SyntaxError, struct.error):  # a damaged note of how it is turned
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
         image = gray_of(image)

@@ -131,7 +131,8 @@ call="$recipe $data ${prepare[*]-} ${train[*]-} $count ${real[*]-} $*"
 again=''
 case " $* " in *" --resume never "* | *" --resume=never "*)
     again=' with --resume auto'
-    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || set -- "$@" --resume auto ;;  # this job has started over already
+    ! grep -qs "\"job\": \"${SLURM_JOB_ID:-none}\"" "$run/config.json" ||
+        set -- "$@" --resume auto ;;  # this job has started over already
 esac
 
 if [ -f "$run/generator.pt" ] && [ -f "$run/report.html" ] && [ "$run/done" -nt "$run/generator.pt" ] &&
@@ -210,8 +211,8 @@ $1" "$here" --data "$data" --out "$run" "${train[@]}" -- "${@:2}" 2>&1) || statu
         exit "$status"
     }
 }
-ask 'print(train.parse_args().batch_size)' "$@"  # before the data are prepared
-batch=$said
+ask 'args = train.parse_args(); print(args.batch_size, args.device)' "$@"  # before the data are prepared
+read -r batch device <<<"$said"
 
 { mkdir -p "$run" && [ -w "$run" ]; } 2>/dev/null || mistake "RUN=$run cannot be made or written to"
 exec 9>>"$run/run_all.lock"
@@ -306,7 +307,8 @@ elif [ "$processes" -gt 1 ]; then
 fi
 stage "${launch[@]}" "$here/train.py" --data "$data" --out "$run" "${train[@]}" -- "$@"
 notice=TERM
-stage "$python" "$here/sample.py" --run "$run" --num "$count" ${pictures[@]+"${pictures[@]}"}
-stage "$python" "$here/evaluate.py" --run "$run" ${real[@]+"${real[@]}"}
+stage "$python" "$here/sample.py" --run "$run" --device "${device:-auto}" --num "$count" \
+    ${pictures[@]+"${pictures[@]}"}
+stage "$python" "$here/evaluate.py" --run "$run" --device "${device:-auto}" ${real[@]+"${real[@]}"}
 echo "$call" >"$run/done"
 stage "$python" "$here/evaluate.py" --compare "$(dirname "$run")" || true  # it says what runs are damaged

@@ -236,6 +236,8 @@ def check_conditions(args, kind):
         fail(f"{flag(named[0])}: this generator was trained without captions (train.py --condition text)")
     if args.labels is not None and kind != "label":
         fail("--labels: this generator was trained without classes (train.py --condition label)")
+    if args.grid and kind in ("text", "vector"):
+        prepare_data.need("matplotlib")  # its font, for the captions
 
 
 def find_conditions(args, saved, folder):
@@ -377,14 +379,19 @@ def write_images(out, blocks, written):
         written.note(lines, instead_of=before)
 
 
-def write_walk(written, still, moving, z, condition, draw):
-    """A closed walk through latents (n, dim) with one condition: stills in one picture, and it moving."""
+def write_walk(written, still, moving, z, condition, draw, told):
+    """A closed walk through latents (n, dim) with one condition: stills in one picture, and it moving.
+
+    told: what there is to note of the condition.
+    """
     steps = [slerp(z[i], z[(i + 1) % len(z)], f / FRAMES) for i in range(len(z)) for f in range(FRAMES)]
     pixels = draw(torch.stack(steps), condition)
     written.write(still, encode(make_grid(pixels[::FRAMES // 4]), "PNG"))
     side = pixels.shape[1] * max(1, 256 // pixels.shape[1])
     frames = [Image.fromarray(p.squeeze()).resize((side, side), Image.Resampling.NEAREST) for p in pixels]
     written.write(moving, animate(frames, 1000 // FRAMES))
+    of = told.get("label") or told.get("caption")
+    print(f"{still}, {moving}: {len(z)} latents and between" + (f", of {of!r}" if of else ""))
 
 
 def write_film(run):
@@ -707,8 +714,6 @@ def write_pictures(args, generator, saved, digest, folder, device):
     grid, captions, still, moving = (folder / (prefix + name) for name in (
         "grid.png", "captions.png", "interpolation.png", "interpolation.webp"))
     told = saved["model"]["condition"] in ("text", "vector")
-    if args.grid and told:
-        prepare_data.need("matplotlib")
     written.check(*[out, record, notes] * bool(args.num and not done), *[grid] * bool(args.grid),
                   *[captions] * bool(args.grid and told), *[still, moving] * bool(args.interpolate))
 
@@ -746,9 +751,8 @@ def write_pictures(args, generator, saved, digest, folder, device):
             print(f"{captions}: what was drawn for each caption"
                   + (", and the real image beside it" if data else ""))
     if args.interpolate:
-        write_walk(written, still, moving, latents_of(range(args.interpolate)), conditions(range(1)), draw)
-        of = note(0).get("label") or note(0).get("caption")
-        print(f"{still}, {moving}: {args.interpolate} latents and between" + (f", of {of!r}" if of else ""))
+        write_walk(written, still, moving, latents_of(range(args.interpolate)), conditions(range(1)), draw,
+                   note(0))
 
 
 def main():
@@ -790,7 +794,7 @@ def main():
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        fail("not enough memory: --device cpu, or fewer images where they go into one .npz", 1)
+        fail("not enough memory: fewer images where they go into one .npz; of a GPU's, --device cpu", 1)
 
 
 if __name__ == "__main__":

@@ -1237,7 +1237,7 @@ class Player(Saved):
         self.skips = torch.zeros(3, device=run.device)  # in all, in a row, the longest row of an interval
         kind, args = run.device.type, run.args
         self.lr = torch.zeros((), dtype=torch.float64 if kind == "cpu" else torch.float32, device=run.device)
-        # weights of R1 and R2 and the share of images augmented, as far as they are in use; D's are read
+        # weights of R1 and R2 and the share of images augmented, as far as in use; G's lie idle
         self.amounts = {k: self.skip.clone() for k in ("r1", "r2", "diffaug") if getattr(args, k)}
         self.optimizer = OPTIMIZERS[args.optimizer](
             self.params, self.lr, (args.beta1, run.at(0).beta2), fused=True,
@@ -1459,23 +1459,23 @@ class Run:
     def on_first(self, function, *args):
         """What a call by the first process alone returns, on all of them; they also raise its SystemExit."""
         try:
-            result = [function(*args) if self.rank == 0 else None]
+            result = function(*args) if self.rank == 0 else None
         except SystemExit as end:
-            result = [end]
+            result = end
         if self.world > 1:
             file = io.BytesIO()
             torch.save(result, file)  # pickle alone writes a network's one tensor anew for each weight
             packed = [file.getvalue()]
             dist.broadcast_object_list(packed, 0, self.group)
             result = torch.load(io.BytesIO(packed[0]), weights_only=False)  # what the first has just written
-        if isinstance(result[0], SystemExit):
-            raise result[0]
-        return result[0]
+        if isinstance(result, SystemExit):
+            raise result
+        return result
 
     def disband(self, error=None):
         """End the connections of all processes at the same moment: who loses one before may crash.
 
-        error: that ends them all; its frames hold CUDA graphs, for whose end NCCL would wait.
+        error: what ends them all. Its frames hold CUDA graphs, and NCCL would wait for these to be gone.
         """
         if error:
             traceback.clear_frames(error.__traceback__)
@@ -1528,7 +1528,7 @@ def train_step(run, state, turn, z, batch, condition):
         meter.note(**report, diversity=spread(fake) / spread(x))
     meter.note(**state.D.update(run))
 
-    D.requires_grad_(False)  # --compile would work out its gradients, too
+    D.requires_grad_(False)  # or --compile works out D's gradients in G's pass
     for x, c, z, *_ in parts if turn.train_g else ():
         if not reuse:
             with run.autocast():
@@ -1633,7 +1633,7 @@ def load_file(path):
 def checkpoint(run, state):
     """All that resuming needs. Random numbers are a function of (seed, step, rank): they have no state.
 
-    The meter's sums are this process's own.
+    Of the meter it holds this process's sums alone; save() puts in those of all.
     """
     return state.state_dict() | {"format": FORMAT, "options": vars(run.args), "model": run.model,
                                  "fingerprint": run.data.meta["fingerprint"]}
@@ -1779,7 +1779,8 @@ class Watch:
             saved, path = find_checkpoint(run)
             if saved and saved["best"] and not self.holds(saved["best"]):
                 saved["best"] = None
-            ours = "run_id" in read_or_empty(run.out / "config.json") or path and path.parent == run.out
+            ours = "run_id" in read_or_empty(run.out / "config.json") or (
+                path and path.parent.resolve() == run.out.resolve())
             if not ours and (there := [name for name in WRITTEN if (run.out / name).exists()]):
                 fail(f"--out {run.out} holds {there[0]}, which is of no run of train.py: choose another "
                      "folder")
@@ -1926,11 +1927,13 @@ class Watch:
         run, start, n = self.run, time.perf_counter(), min(self.run.args.fid_num, len(self.run.data.rows))
         rows = np.random.default_rng(run.args.seed).permutation(len(run.data.rows))[:n]  # lend conditions
         pixels = draw(run, state, rows)
-        try:
+        fid = None
+        with contextlib.suppress(torch.OutOfMemoryError):
             fid = evaluate.fid_against_data(pixels, run.args.data, n, run.device)
-        except torch.OutOfMemoryError:  # beside what training holds
+        if fid is None:  # no room beside what training holds
             torch.cuda.empty_cache()
-            tqdm.write(f"note: training leaves too little of {run.device} for Inception: FID on the CPU")
+            tqdm.write(f"note: training leaves too little of {run.device} for Inception: FID on the CPU",
+                       file=sys.stderr)
             fid = evaluate.fid_against_data(pixels, run.args.data, n, torch.device("cpu"))
         seconds, better = time.perf_counter() - start, not state.best or fid < state.best["fid"]
         append_line(run.out / "fid.jsonl", {
@@ -1990,8 +1993,9 @@ def describe(run, state, run_id):
     usual = vars(parse_args(["--data", run.args.data, "--out", run.args.out]))
     changed = {k: v for k, v in vars(run.args).items() if v != usual[k] or k in ("data", "out")}
     data = {k: v for k, v in run.data.meta.items() if not isinstance(v, (list, dict))}
-    return {"run_id": run_id, "options": vars(run.args), "changed": changed, "amp": run.amp,
-            "model": run.model, "data": data, "steps": run.total, "steps_per_epoch": run.steps_per_epoch,
+    return {"run_id": run_id, "job": os.environ.get("SLURM_JOB_ID"), "options": vars(run.args),
+            "changed": changed, "amp": run.amp, "model": run.model, "data": data,
+            "steps": run.total, "steps_per_epoch": run.steps_per_epoch,
             "parameters": {"G": len(state.G.weights), "D": len(state.D.weights)}, "processes": run.world,
             "hardware": {"device": kind, "name": name, "cores": cores(),
                          "threads": torch.get_num_threads(), "platform": platform.platform()},
@@ -2191,8 +2195,8 @@ def post_mortem(run, state):
         alike = isinstance(error, FloatingPointError)  # of all processes
         orphaned = "gloo" in str(error) and "peer" in str(error)
         with contextlib.suppress(Exception):  # a dead GPU or disk is not to hide the error itself
-            first = read_or_empty(run.out / "status.json").get("state") != "failed"  # which knows why
-            if first and not (alike and run.rank):
+            untold = read_or_empty(run.out / "status.json").get("state") != "failed"  # the first knows why
+            if untold and not (alike and run.rank):
                 write_status(run, state, "failed", error=f"{type(error).__name__}: {error}",
                              traceback="".join(traceback.format_exception(error)))
                 if not orphaned:
@@ -2201,6 +2205,7 @@ def post_mortem(run, state):
             try:
                 fail(f"another process ended at step {state.step}; the last checkpoint is whole", 1)
             finally:
+                sys.stdout.flush()
                 os._exit(1)  # what the GPU waits for will not come, and so the usual end might not
         if alike:
             run.disband(error)

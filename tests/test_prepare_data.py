@@ -686,8 +686,9 @@ def test_a_task_holds_no_more_than_memory_can(monkeypatch):
     assert sizes([bytes(10)] * 7, 32) == [3, 3, 1] and sizes([bytes(99), "path", bytes(1)], 32) == [1, 2]
 
 
-def test_pictures_with_damaged_notes_are_read():
-    damaged = io.BytesIO(picture("red", exif=b"JUNKJUNKJUNK"))
+@pytest.mark.parametrize("note", [b"JUNKJUNKJUNK", b"Exif\0\0II*\0", b"Exif\0\0II+\0\x08\0\0\0"])
+def test_pictures_with_damaged_notes_are_read(note):
+    damaged = io.BytesIO(picture("red", exif=note))
     assert prepare_data.read_picture(damaged).getpixel((3, 3)) == (255, 0, 0)
 
 

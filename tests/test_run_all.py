@@ -81,9 +81,11 @@ def test_a_requeued_job_starts_over_once(tmp_path):
     stub.write_text('#!/bin/sh\ncase "$1$2" in -c*make_run*) echo 1 1 1 1 64 1;; -c*parse_args*) echo 32;; -c*) echo 5000;; '
                     '*) echo "$@" >>"$RUN/calls";; esac\n')
     stub.chmod(0o755)
-    for count, ends in (("0", "--resume never"), ("1", "--resume never --resume auto")):
+    for begun, ends in ((None, "--resume never"), ("7", "--resume never"), ("8", "--resume never --resume auto")):
+        if begun:  # by which job
+            (tmp_path / "run" / "config.json").write_text(json.dumps({"job": begun}, indent=1))
         call("bash", ROOT / "run_all.sh", "shapes", "--resume", "never",
-             **environment(tmp_path) | {"SLURM_RESTART_COUNT": count, "PYTHON": str(stub)})
+             **environment(tmp_path) | {"SLURM_JOB_ID": "8", "PYTHON": str(stub)})
         [train] = [line for line in (tmp_path / "run" / "calls").read_text().splitlines() if "train.py" in line]
         assert train.endswith(f"-- {ends}")
         for name in ("calls", "done"):

@@ -960,7 +960,27 @@ def test_fid_on_the_cpu_where_the_gpu_is_full(tmp_path, monkeypatch, capsys):
     watch.trackers = SimpleNamespace(log=lambda *args: None)
     watch.logged = 0
     assert watch.score(t.state) == 7 and devices == ["meta", "cpu"]
-    assert "FID 7.00" in (said := capsys.readouterr().out) and "FID on the CPU" in said
+    said = capsys.readouterr()
+    assert "FID 7.00" in said.out and "FID on the CPU" in said.err
+
+
+def test_a_process_that_lost_another_ends_at_once(tmp_path):
+    """Without error.pt, whose copy a GPU might never finish, and without the end of Python, which waits for it too."""
+    script = tmp_path / "orphan.py"
+    script.write_text(f"""import atexit, sys; sys.path.insert(0, {str(ROOT)!r})
+import train
+from pathlib import Path
+from types import SimpleNamespace
+atexit.register(print, "the usual end")
+train.checkpoint = lambda *args: print("a copy")
+out = Path({str(tmp_path)!r})
+run, state = SimpleNamespace(out=out, rank=1, total=9), SimpleNamespace(step=7, notes={{}})
+with train.post_mortem(run, state):
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+""")
+    done = call(sys.executable, script, status=1)
+    assert done.stdout == "" and "another process ended at step 7" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed" and not (tmp_path / "error.pt").exists()
 
 
 def test_refusals(shapes, trained, tmp_path, capsys):
