@@ -581,6 +581,7 @@ def fit_classifier(x, truth, sides, steps):
         layers += [torch.nn.Conv2d(channels, width, 3, 1, 1), torch.nn.MaxPool2d(2, ceil_mode=True),
                    torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
         channels = width
+    print(f"a small network learns {plural(len(x), 'real image')}, to judge the generated ones", flush=True)
     model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.LazyLinear(sum(sides)))
     model(x[:2])
     optimizer = torch.optim.Adam(model.parameters())

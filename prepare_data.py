@@ -162,7 +162,8 @@ def on_signals(handler, numbers=SIGNALS):
 
 def leave(number, frame=None):
     """End at a signal with a line and its status, so that `finally` runs."""
-    on_signals(signal.SIG_IGN)  # Ctrl-C reaches this process and its parent, which passes it on
+    # Ctrl-C reaches this process and its parent, which passes it on; SIG_IGN fails while one is pending
+    on_signals(lambda *more: None)
     name, bar = os.path.basename(sys.argv[0]), "\n" * os.isatty(2)  # which stands in the line
     with contextlib.suppress(OSError):  # print() may be what was interrupted
         os.write(2, f"{bar}{name}: {signal.Signals(number).name}: what was half done is dropped\n".encode())
@@ -1625,12 +1626,14 @@ def already(args, out, state):
     """Say that DATA is there and whole; other options, another source or damage are refused."""
     there = Data(out, "--out")
     asked, before = source_options(args), there.meta.get("source", {})
-    same = state is not None and state == there.meta.get("source_state")  # the same files, moved or not
+    same = args.source in TORCHVISION or (  # the same files, moved or not
+        state is not None and state == there.meta.get("source_state"))
     before |= {k: os.path.realpath(before[k]) for k in PATHS if before.get(k) and before[k] != asked[k]}
-    changed = [f"{flag(k)} {before.get(k)} there, {v} asked" for k, v in asked.items()
-               if v != before.get(k) and not (same and k in PATHS)]
+    changed = [f"{flag(k)} {before.get(k)} there, {'not given' if v is None else f'{v} asked'}"
+               for k, v in asked.items() if v != before.get(k) and not (same and k in PATHS)]
     if changed:
-        fail(f"--out {args.out} holds other data ({'; '.join(changed)}): delete it or choose another --out")
+        fail(f"--out {args.out} holds other data ({'; '.join(changed)}): delete it, or choose another --out "
+             "(of run_all.sh DATA=)")
     if args.strict and (there.meta["skipped"] or there.meta.get("left_out")):
         fail(f"--out {args.out} was made without --strict and lacks files (meta.json): delete it to retry")
     there.verify()

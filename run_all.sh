@@ -14,7 +14,8 @@
 #     bash run_all.sh tests                           # set up and run the tests
 #     bash run_all.sh gpu-check                       # five minutes: does this GPU do as a CPU does, how fast
 #
-# Environment: PYTHON (an interpreter that has the packages), ROOT (where the source's files are), CAPTIONS
+# Environment: NUM (images to draw and score: NUM=64 and --max-steps 100 try all of it out), PYTHON (an
+# interpreter that has the packages), ROOT (where the source's files are), CAPTIONS
 # (their captions' file), DATA and RUN (where the arrays and the run go). Status: 0 finished, 2 a mistake in
 # the call, 75 interrupted or in use: call again, 1 anything else.
 set -euo pipefail
@@ -127,6 +128,11 @@ esac
 [ "$recipe" = captions ] && [ -z "${ROOT-}" ] && shapes=data/shapes || shapes=''
 [ -z "$shapes" ] || ROOT=$shapes/captions.jsonl
 [ -z "${ROOT-}" ] || prepare+=(--root "$ROOT")
+if [ -n "${NUM-}" ]; then
+    [[ $NUM =~ ^[1-9][0-9]*$ && $NUM != 1 ]] || mistake "NUM=$NUM: images to draw and score, 2 or more"
+    count=$NUM
+    [ "${#real[@]}" = 0 ] || real=(--num-real "$NUM")
+fi
 call="$recipe $data ${prepare[*]-} ${train[*]-} $count ${real[*]-} $*"
 again=''
 case " $* " in *" --resume never "* | *" --resume=never "*)
@@ -137,7 +143,7 @@ esac
 
 if [ -f "$run/generator.pt" ] && [ -f "$run/report.html" ] && [ "$run/done" -nt "$run/generator.pt" ] &&
     [ "$(cat "$run/done")" = "$call" ]; then
-    say "$run is finished: report $run/report.html, pictures $run/images; nothing to do"
+    say "$run is finished: report $run/report.html, all else in $run; nothing to do"
     exit 0
 fi
 
@@ -252,8 +258,8 @@ stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
         exit 1
     }
     [ "$have" != 1 ] || mistake "$data holds 1 image: the generated ones are scored against 2 or more"
-    [ "$have" -ge 2048 ] || [ "${#real[@]}" = 0 ] || {
-        say "run_all.sh: $data has $have images, not 2048: the generated ones are scored against these"
+    [ "$have" -ge "${real[1]-0}" ] || {
+        say "run_all.sh: $data has $have images, not ${real[1]}: the generated ones are scored against these"
         real=()
     }
     [ "$have" -ge "$batch" ] || [[ " $*" == *" --batch-size"* ]] || {

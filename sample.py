@@ -485,7 +485,7 @@ def export(path, generator, saved):
         if not apart <= 1e-4:
             fail(f"--export {out}: not written, its images differ from the generator's by {apart:.2g}", 1)
     written.write(out, data)
-    print(f"{out}: (z, condition) -> images in [0, 1], step {saved['step']}")
+    print(f"{out}: ({', '.join(example)}) -> images in [0, 1], step {saved['step']}")
 
 
 # ---- a page to play with ---------------------------------------------------------------------------------

@@ -1671,7 +1671,7 @@ def find_checkpoint(run):
                  "auto, or name another --out")
         asked, paths, elsewhere = "auto", own, False  # the same command, called again
     if asked != "auto" and paths and not paths[0].is_file():
-        fail(f"--resume {asked}: not a file: name a checkpoint, such as RUN/checkpoint.pt")
+        fail(f"--resume {asked}: not a file: auto, never or a checkpoint, such as RUN/checkpoint.pt")
     for path in paths:
         if asked == "auto" and not path.exists():
             continue
@@ -1705,7 +1705,7 @@ def check_same(run, saved, path):
     changed = [f"{flag(k) if k in asked else k} {there.get(k)} there, {v} asked" for k, v in here.items()
                if there.get(k) != v]
     if saved["fingerprint"] != run.data.meta["fingerprint"]:
-        changed.append(f"the {run.data.unit} in {run.args.data} are not those it was trained on")
+        changed.insert(0, f"the {run.data.unit} in {run.args.data} are not those it was trained on")
     if changed:
         fail(f"{path} does not fit: {'; '.join(changed)}. Give the options that it has, take another --out, "
              "or start over: --resume never")
@@ -1971,7 +1971,8 @@ class Watch:
                   f"of them in {seconds / 60:.1f} min\n"
                   f"step     {mean:.1f} ms mean, {fastest:.1f} to {slowest:.1f}\n"
                   f"skipped  {last['skipped_g']} updates of G, {last['skipped_d']} of D (not finite)\n"
-                  f"files    {out}/generator.pt, {out}/log.jsonl, {out}/grids/", flush=True)
+                  f"files    {out}/generator.pt, {out}/log.jsonl, {out}/grids/\n"
+                  f"draw     python sample.py --run {out} --num 2048", flush=True)
 
     say = staticmethod(tqdm.write)
 

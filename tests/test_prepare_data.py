@@ -387,6 +387,8 @@ def test_sentence_embeddings(tmp_path):
 def test_mnist(tmp_path):
     need(SHARED / "mnist")
     call("prepare_data.py", "mnist", "--root", SHARED / "mnist", "--out", tmp_path / "mnist", "--size", "28")  # with torchvision
+    again = call("prepare_data.py", "mnist", "--out", tmp_path / "mnist", "--size", "28").stdout
+    assert "already prepared" in again, "wherever the digits were read"
     images, meta = read(tmp_path / "mnist")
     assert images.shape == (60_000, 28, 28, 1) and len(meta["classes"]) == 10
     assert np.bincount(np.load(tmp_path / "mnist" / "labels.npy"))[1] == 6742
@@ -988,6 +990,23 @@ def test_one_worker_killed_while_it_hands_over_or_the_terminal_closed(tmp_path, 
     _, said = process.communicate(timeout=30)
     assert process.returncode == (1 if number == signal.SIGKILL else 128 + number) and not list(tmp_path.iterdir())
     assert "Traceback" not in said and ("--workers" in said) == (number == signal.SIGKILL)
+
+
+def test_two_signals_at_once_are_one_line():
+    """As by Ctrl-C under run_all.sh, which passes it on: the second is pending when the first is answered."""
+    script = """import os, signal, sys
+import prepare_data
+prepare_data.on_signals(prepare_data.leave)
+signal.pthread_sigmask(signal.SIG_BLOCK, prepare_data.SIGNALS)
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+try:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, prepare_data.SIGNALS)
+finally:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which looks for pending ones
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.splitlines() == ["-c: SIGINT: what was half done is dropped"], done.stderr
 
 
 def test_no_tracebacks(tmp_path):

@@ -92,6 +92,22 @@ def test_a_requeued_job_starts_over_once(tmp_path):
             (tmp_path / "run" / name).unlink()
 
 
+def test_num_is_drawn_and_scored(tmp_path):
+    (tmp_path / "run").mkdir()
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\ncase "$1$2" in -c*make_run*) echo 1 1 1 1 64 1;; -c*parse_args*) echo 32 cpu;; -c*) echo 5000;; '
+                    '*) echo "$@" >>"$RUN/calls";; esac\n')
+    stub.chmod(0o755)
+    settings = environment(tmp_path) | {"NUM": "64", "PYTHON": str(stub), "ROOT": "/"}
+    for recipe, real in (("folder", " --num-real 64"), ("stacked-mnist", " --num-real 64"), ("anime64", "")):
+        call("bash", ROOT / "run_all.sh", recipe, **settings)
+        calls = (tmp_path / "run" / "calls").read_text().splitlines()
+        assert any("sample.py" in line and "--device cpu --num 64 --grid" in line for line in calls)
+        assert any("evaluate.py" in line and line.endswith(f"--device cpu{real}") for line in calls)
+        for name in ("calls", "done"):
+            (tmp_path / "run" / name).unlink()
+
+
 def test_two_first_calls_install_once(tmp_path):
     for name in ("run_all.sh", "requirements.txt", "train.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
@@ -120,6 +136,7 @@ def test_mistakes(tmp_path):
                                 (["shapes", "--lr-g", "-1"], {}, "train.py: argument --lr-g"),
                                 (["shapes", "--sise", "8"], {}, "train.py: --sise is no option"),
                                 (["shapes", "--out", "x"], {}, "RUN="), (["folder", "--data=x"], {}, "DATA="),
+                                (["shapes"], {"NUM": "few"}, "NUM=few"), (["shapes"], {"NUM": "1"}, "NUM=1"),
                                 (["shapes"], {"RUN": "/proc/none/x"}, "RUN=/proc/none/x cannot be made")):
         done = call("bash", ROOT / "run_all.sh", *words, status=2, **environment(tmp_path) | more)
         assert naming in done.stderr and len(done.stderr.splitlines()) == 1

@@ -279,7 +279,7 @@ torch.save(program.module()(z=z, condition=labels), sys.argv[2])
 def test_exported_generator_draws_the_same_images_by_torch_alone(generator, tmp_path):
     call("sample.py", "--run", generator, "--num", "3", "--out", tmp_path / "own.npz", "--labels", "2,0,1", "--device", "cpu")
     own, out = np.load(tmp_path / "own.npz")["images"], tmp_path / "generator.pt2"
-    assert "step" in call("sample.py", "--run", generator, "--export", out).stdout
+    assert "(z, condition) ->" in call("sample.py", "--run", generator, "--export", out).stdout
     _, saved = sample.load_generator(generator / "generator.pt")
     z, labels = sample.latents(0, range(3), saved["model"]["latent_dim"]), torch.tensor([2, 0, 1])
     torch.save((z, labels, saved["classes"]), tmp_path / "io.pt")
