@@ -1903,14 +1903,14 @@ class Watch:
             "D wins": (accuracy > 0.95, tells + "G learns little from it; lower --lr-d or --width-d, or try "
                        + ("larger --r1 and --r2" if paired else "--r1, --diffaug, --loss relativistic")),
             "no motion": (len(moved) > 2 and max(moved) - min(moved) < 1e-4 * abs(max(moved)),
-                          "the loss of G has not moved for an epoch: raise --lr-g, and look at the images"),
+                          "the loss of G has not moved for an epoch: look at the images, and raise --lr-g"),
             "collapse": (diversity < 0.3, f"generated images vary {diversity:.2f} times as real ones do: G "
                          "draws few pictures; try lower learning rates, --r1 or another --loss"),
             "clipped": (max(mean("clipped_g"), mean("clipped_d")) > 0.95, "nearly every gradient of an epoch "
                         "was clipped: raise --clip-grad or lower the learning rates")}
         for name, (seen, text) in found.items():
             if seen and name not in state.notes:
-                state.notes[name] = f"step {state.step}: {text}"
+                state.notes[name] = f"step {state.step}: {text} (in another --out)"
                 tqdm.write(f"note: {state.notes[name]}", file=sys.stderr)
 
     def grid(self, state):
@@ -2035,6 +2035,8 @@ def train(run, state, watch, signals):
     step, data = run.data.step, batches(run, state.step)
     if state.G.optimizer.defaults.get("capturable"):
         step = graphed(step)
+    if not state.step:
+        watch.grid(state)
     track_fid(run, state, watch)  # of a run that was killed while it was scored
     while not (number or over(run, state)):
         watch.stamp()

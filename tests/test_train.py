@@ -413,7 +413,7 @@ def test_what_a_run_leaves(trained):
     status = json.loads((trained / "status.json").read_text())
     assert (status["state"], status["step"]) == ("finished", 48)
     assert sorted(p.name for p in (trained / "grids").iterdir()) == ["latest.png", "real.png"] + [
-        f"step_{s:07d}.png" for s in range(8, 49, 8)]
+        f"step_{s:07d}.png" for s in range(0, 49, 8)]
     assert Image.open(trained / "grids" / "step_0000048.png").size == (128, 128)
     for name in ("checkpoint.pt", "checkpoint.prev.pt", "generator.pt"):
         torch.load(trained / name, weights_only=True)
@@ -834,7 +834,7 @@ def test_run_killed_at_the_fid_that_uses_up_its_patience(shapes, tmp_path):
     assert log_of(tmp_path / "run")[-1]["step"] == 32, "logged before it was scored"
     call(*command, "[60]", *options)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["step"], grids) == ("finished", 32, 4) and log_of(tmp_path / "run")[-1]["step"] == 32
+    assert (status["state"], status["step"], grids) == ("finished", 32, 5) and log_of(tmp_path / "run")[-1]["step"] == 32
     call(*command, "[50, 0]", *options, "--resume", "never", "--grid-every", "100", status=-9)
     call(*command, "[60]", *options, "--grid-every", "100")
     assert (tmp_path / "run" / "grids" / "step_0000032.png").exists()

@@ -73,7 +73,7 @@ def test_tensorboard(tracked):
     events.Reload()
     expected = [(line["step"], pytest.approx(line["loss_d"])) for line in log_of(tracked)]
     assert [(e.step, e.value) for e in events.Scalars("loss_d")] == expected and len(expected) == 4
-    assert [e.step for e in events.Images("grid")] == [8, 16]
+    assert [e.step for e in events.Images("grid")] == [0, 8, 16]
     assert [(e.step, e.value) for e in events.Scalars("evaluate/fid")] == [(12, 12.5)], "of the generator"
     config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert '"batch_size": 16' in config
@@ -132,7 +132,7 @@ def test_tracker_that_fails_leaves_the_run(trained, shapes, tmp_path):
 def test_film(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     shutil.copy(run / "grids" / "latest.png", run / "grids" / "step_0000002 (1).png")
-    assert "6 grids" in call("sample.py", "--film", run).stdout
+    assert "7 grids" in call("sample.py", "--film", run).stdout
     film = Image.open(run / "film.webp")
     assert film.size == (512, 526)
     durations = []
@@ -140,7 +140,7 @@ def test_film(trained, tmp_path):
         film.seek(i)
         film.load()
         durations.append(film.info["duration"])
-    assert 4 <= film.n_frames <= 6 and durations[-1] == 2000
+    assert 4 <= film.n_frames <= 7 and durations[-1] == 2000
     grid = np.asarray(Image.open(run / "grids" / "latest.png").convert("RGB"), int)
     assert np.abs(np.asarray(film.convert("RGB"), int)[:512:4, ::4] - grid).mean() < 12, "the last frame is the last grid"
     refused("sample.py", "--film", tmp_path, naming=["--film", "0 grids"])
