@@ -101,7 +101,6 @@ def test_the_check_of_the_gpu_compares_fid(weights):
 
 def test_the_check_of_the_gpu_takes_every_recipe(tmp_path, monkeypatch):
     """Its data and options fit; on this machine the networks that are small run."""
-    monkeypatch.setattr(gpu_check, "WARM", 2)
     monkeypatch.setattr(gpu_check, "STEPS", 4)
     known = gpu_check.recipes()
     assert {"shapes", "mnist", "captions", "celeba64-r3", "folder"} <= known.keys()
