@@ -1659,12 +1659,17 @@ def save_generator(run, state, name):
         "name": str(run.data.meta["name"]), **run.data.about})
 
 
+def lies_in(run, path):
+    """Whether a checkpoint is RUN's own, by whatever name."""
+    return path.parent.resolve() == run.out.resolve()
+
+
 def find_checkpoint(run):
     """The checkpoint to go on from as (dict, path), or (None, None) for a fresh start."""
     asked, latest, errors = run.args.resume, run.out / "checkpoint.pt", []
     own = [latest, run.out / "checkpoint.prev.pt"]
     paths = {"never": [], "auto": own}.get(asked, [Path(asked)])
-    elsewhere = bool(paths) and paths[0].parent.resolve() != run.out.resolve()
+    elsewhere = bool(paths) and not lies_in(run, paths[0])
     if elsewhere and any(path.exists() for path in own):
         if read_or_empty(run.out / "config.json").get("options", {}).get("resume") != asked:
             fail(f"--resume {asked}: {run.out} has a checkpoint of its own: go on from that with --resume "
@@ -1779,8 +1784,7 @@ class Watch:
             saved, path = find_checkpoint(run)
             if saved and saved["best"] and not self.holds(saved["best"]):
                 saved["best"] = None
-            ours = "run_id" in read_or_empty(run.out / "config.json") or (
-                path and path.parent.resolve() == run.out.resolve())
+            ours = "run_id" in read_or_empty(run.out / "config.json") or path and lies_in(run, path)
             if not ours and (there := [name for name in WRITTEN if (run.out / name).exists()]):
                 fail(f"--out {run.out} holds {there[0]}, which is of no run of train.py: choose another "
                      "folder")
@@ -1800,7 +1804,7 @@ class Watch:
     def begin(self, state, path):
         """Make RUN/ fit the step to start from, and say what is about to run."""
         run, out = self.run, self.run.out
-        own = path and path.parent.resolve() == out.resolve()
+        own = path and lies_in(run, path)
         earlier = read_or_empty(out / "config.json") if own else {}
         run_id = earlier.get("run_id") or os.urandom(16).hex()
         first = earlier.get("first_step", 0) if earlier else state.step

@@ -19,6 +19,16 @@ def environment(tmp_path):
     return {"PYTHON": sys.executable, "DATA": str(tmp_path / "data"), "RUN": str(tmp_path / "run")}
 
 
+def stub_of_python(tmp_path, asked="32", count=5000):
+    """PYTHON that says what the options ask for and how many images there are, and notes each script's call in RUN/calls."""
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\ncase "$1$2" in -c*make_run*) echo 1 1 1 1 64 1;; -c*parse_args*) echo {asked};; '
+                    f'-c*) echo {count};; '
+                    '*) echo "$@" >>"$RUN/calls";; esac\n')
+    stub.chmod(0o755)
+    return str(stub)
+
+
 @pytest.mark.skipif("RUN_SLOW" not in os.environ, reason="minutes of Inception: RUN_SLOW=1 runs it")
 def test_whole_chain_then_nothing_to_do(weights, tmp_path):
     said = call("bash", ROOT / "run_all.sh", "shapes", *TINY, **environment(tmp_path)).stdout
@@ -77,15 +87,12 @@ def test_ctrl_c_before_the_first_stage(options, how, tmp_path):
 
 def test_a_requeued_job_starts_over_once(tmp_path):
     (tmp_path / "run").mkdir()
-    stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\ncase "$1$2" in -c*make_run*) echo 1 1 1 1 64 1;; -c*parse_args*) echo 32;; -c*) echo 5000;; '
-                    '*) echo "$@" >>"$RUN/calls";; esac\n')
-    stub.chmod(0o755)
+    stub = stub_of_python(tmp_path)
     for begun, ends in ((None, "--resume never"), ("7", "--resume never"), ("8", "--resume never --resume auto")):
         if begun:  # by which job
             (tmp_path / "run" / "config.json").write_text(json.dumps({"job": begun}, indent=1))
         call("bash", ROOT / "run_all.sh", "shapes", "--resume", "never",
-             **environment(tmp_path) | {"SLURM_JOB_ID": "8", "PYTHON": str(stub)})
+             **environment(tmp_path) | {"SLURM_JOB_ID": "8", "PYTHON": stub})
         [train] = [line for line in (tmp_path / "run" / "calls").read_text().splitlines() if "train.py" in line]
         assert train.endswith(f"-- {ends}")
         for name in ("calls", "done"):
@@ -94,11 +101,7 @@ def test_a_requeued_job_starts_over_once(tmp_path):
 
 def test_num_is_drawn_and_scored(tmp_path):
     (tmp_path / "run").mkdir()
-    stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\ncase "$1$2" in -c*make_run*) echo 1 1 1 1 64 1;; -c*parse_args*) echo 32 cpu;; -c*) echo 5000;; '
-                    '*) echo "$@" >>"$RUN/calls";; esac\n')
-    stub.chmod(0o755)
-    settings = environment(tmp_path) | {"NUM": "64", "PYTHON": str(stub), "ROOT": "/"}
+    settings = environment(tmp_path) | {"NUM": "64", "PYTHON": stub_of_python(tmp_path, "32 cpu"), "ROOT": "/"}
     for recipe, real in (("folder", " --num-real 64"), ("stacked-mnist", " --num-real 64"), ("anime64", "")):
         call("bash", ROOT / "run_all.sh", recipe, **settings)
         calls = (tmp_path / "run" / "calls").read_text().splitlines()
@@ -158,13 +161,8 @@ def test_recipes_run_for_a_few_steps(recipe, shapes, tmp_path):
     """Each recipe's calls, read off the shell as it would run them, are accepted; its training runs on a small stand-in."""
     import prepare_data
     import train
-    stub = tmp_path / "python"
     count = 20 if recipe in ("folder", "captioned", "anime64", "coco32") else 5000  # under the batch
-    stub.write_text(f'#!/bin/sh\ncase "$1$2" in -c*make_run*) echo 1 1 1 1 64 1;; -c*parse_args*) echo 32;; '
-                    f'-c*) echo {count};; '
-                    '*) echo "$@" >>"$RUN/calls";; esac\n')
-    stub.chmod(0o755)
-    settings = environment(tmp_path) | {"PYTHON": str(stub)}
+    settings = environment(tmp_path) | {"PYTHON": stub_of_python(tmp_path, count=count)}
     settings |= {"ROOT": str(tmp_path)} if recipe != "shapes" else {}
     settings |= {"CAPTIONS": "captions.json"} if recipe.startswith("coco") else {}
     call("bash", ROOT / "run_all.sh", recipe, **settings)
