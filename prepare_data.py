@@ -25,9 +25,8 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
-import queue
 import random
 import re
 import shutil
@@ -43,7 +42,6 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +94,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATHS = ("root", "captions")  # options
 LISTS = ("captions.jsonl", "metadata.jsonl")  # captions among the images; the second as Hugging Face has it
 FILE_KEYS, CAPTION_KEYS = ("file", "file_name"), ("captions", "caption", "text")
-stopped = []  # signals received; looked at between images, since raising anywhere leaves threads waiting
 
 TORCHVISION = ("mnist", "fashion-mnist", "cifar10", "celeba")
 DRAWN = {"shapes": 10_000, "stacked-mnist": 60_000}  # by --seed; how many without --num
@@ -508,29 +505,31 @@ class Data:
         return lines if len(lines) == count else self.damaged(
             f"{name} has {len(lines)} whole lines for {count} images")
 
-    def verify(self):
-        """End with a line unless the arrays are those that meta.json was written for; reads all of them."""
+    def fingerprint(self):
+        """A hash of all arrays, in this order."""
         meta, digest = self.meta, hashlib.sha256()
         names = {"images": not meta.get("length"), "labels": meta["classes"], "tokens": meta["vocabulary"],
                  "held_out": meta.get("length"), "embeddings": meta.get("text_encoder")}
-        split = meta.get("held_out") and not meta.get("length")
-        parts = ("", "held_out_") if split else ("",)
+        parts = ("", "held_out_") if meta.get("held_out") and not meta.get("length") else ("",)
         for array in [self.array(part + name) for name, there in names.items() if there for part in parts]:
             for i in range(0, len(array), 1024):
                 digest.update(array[i:i + 1024].tobytes())
-        if digest.hexdigest() != meta["fingerprint"]:
+        return digest.hexdigest()
+
+    def verify(self):
+        """End with a line unless the arrays are those that meta.json was written for; reads all of them."""
+        if self.fingerprint() != self.meta["fingerprint"]:
             self.damaged("the arrays have changed since meta.json was written")
-        if meta["vocabulary"] and not meta.get("length"):
+        if self.meta["vocabulary"] and not self.meta.get("length"):
             self.captions()
-            if split:
+            if self.meta.get("held_out"):
                 self.captions(held_out=True)
 
 
 # ---- sources: each gives how many pictures, their Items, and [(name, label)] of what it leaves out ---------
 
 def shapes_source(args):
-    count = args.num or DRAWN[args.source]
-    return count, (Item(f"shape {i}", i) for i in range(count)), []
+    return args.num, (Item(f"shape {i}", i) for i in range(args.num)), []
 
 
 def load_torchvision(name, root):
@@ -555,9 +554,9 @@ def load_torchvision(name, root):
 def stacked_source(args):
     """Three digits, drawn with replacement, as red, green and blue: 1,000 classes (Metz et al. 2017)."""
     dataset = load_torchvision("mnist", args.root or "downloads")
-    digits, values, count = np.asarray(dataset.data), dataset.targets.tolist(), args.num or DRAWN[args.source]
-    drawn = np.random.default_rng(args.seed).integers(len(digits), size=(count, 3))
-    return count, (Item(f"digits {' '.join(map(str, three))}", np.stack(digits[three], axis=2),
+    digits, values = np.asarray(dataset.data), dataset.targets.tolist()
+    drawn = np.random.default_rng(args.seed).integers(len(digits), size=(args.num, 3))
+    return args.num, (Item(f"digits {' '.join(map(str, three))}", np.stack(digits[three], axis=2),
                         "".join(str(values[i]) for i in three)) for three in drawn), []
 
 
@@ -616,7 +615,8 @@ def list_folder(root):
             continue
         hidden = os.path.basename(folder).startswith(".")
         repeated = (place.st_dev, place.st_ino) in seen
-        prepared = folder and {"meta.json", "images.npy"} <= {entry.name for entry in entries}
+        there = {entry.name for entry in entries}
+        prepared = folder and "meta.json" in there and there & {"images.npy", "tokens.npy"}
         if hidden or repeated or prepared:
             left.append((folder, f"{'hidden' if hidden else 'repeated' if repeated else 'prepared'} folder"))
             continue
@@ -1271,66 +1271,49 @@ def serve(connection, inherited, args):
 
 def decode_all(items, args):
     """Results of `decode` in order, from all cores, with a bounded number of images under way."""
-    items, window, workers, idle, pipes = iter(items), deque(), [], queue.SimpleQueue(), []
     count = max(1, min(CHUNK, CHUNK_BYTES // (args.size ** 2 * args.channels)))
-    on_signals(lambda number, frame: stopped.append(number))
+    workers, pipes, busy, window = [], [], {}, deque()  # busy: {pipe: its results to be, in window}
     for _ in range(args.workers):  # a pipe each: it ends with its worker; a shared one would not
         ours, theirs = multiprocessing.Pipe()
         pipes.append(ours)
         workers.append(multiprocessing.Process(target=serve, args=(theirs, pipes, args), daemon=True))
         workers[-1].start()
         theirs.close()
-        idle.put(ours)
-
-    def work(chunk):
-        connection = idle.get()
-        try:
-            connection.send(chunk)
-            return connection.recv()
-        finally:
-            idle.put(connection)
-    threads = ThreadPoolExecutor(args.workers)
+    idle = list(pipes)
     try:
-        while (chunk := take(items, count)) or window:
-            if chunk:
-                window.append(threads.submit(work, chunk))
-            if not chunk or len(window) >= 4 * args.workers:
-                yield from window.popleft().result()
+        while True:
+            while idle and len(window) < 4 * args.workers and (chunk := take(items, count)):
+                window.append([])
+                busy[idle[-1]] = window[-1]
+                idle.pop().send(chunk)
+            if not window:
+                return
+            for pipe in multiprocessing.connection.wait(busy):
+                busy.pop(pipe).extend(pipe.recv())
+                idle.append(pipe)
+            while window and window[0]:
+                yield from window.popleft()
     except (EOFError, OSError):
-        leave_if_stopped()  # by a signal to all
         fail("a decoding process was killed, as systems do for want of memory: call again with fewer "
              f"--workers ({args.workers} here)", status=1)
     finally:
         for worker in workers:
             worker.terminate()
-        threads.shutdown(cancel_futures=True)
-        on_signals(leave)
-    leave_if_stopped()
 
 
 # ---- DATA --------------------------------------------------------------------------------------------------
 
-def leave_if_stopped():
-    if stopped:
-        leave(stopped[0])
-
-
-def held_out(total, args):
-    """The numbers of the pictures, of so many, that --holdout keeps out of training, drawn by --seed."""
-    count = round(total * (args.holdout or 0))
-    if args.holdout and not 0 < count < total:
-        fail(f"--holdout {args.holdout:g}: that is {count} of {total} images; it takes one or more, and "
-             "leaves as many")
-    return set(random.Random(args.seed).sample(range(total), count))
-
-
-def write_images(results, total, folder, args, digest):
+def write_images(results, total, folder, args):
     """Append pictures to images.npy, or held_out_images.npy, as they come.
 
     Returns [(label, line of captions.jsonl)] of the first, the same of the second, what was skipped, and how
     many had which oddity.
     """
-    held, rows, skipped, odd = held_out(total, args), ([], []), [], Counter()
+    rows, skipped, odd, count = ([], []), [], Counter(), round(total * (args.holdout or 0))
+    if args.holdout and not 0 < count < total:
+        fail(f"--holdout {args.holdout:g}: that is {count} of {total} images; it takes one or more, and "
+             "leaves as many")
+    held = set(random.Random(args.seed).sample(range(total), count))  # kept out of training
 
     def header(file, count):  # numpy pads its header so that the first axis can grow in place
         shape = (count, args.size, args.size, args.channels)
@@ -1339,11 +1322,10 @@ def write_images(results, total, folder, args, digest):
         return file.tell()
     with contextlib.ExitStack() as stack:
         names = ("images", "held_out_images")[:2 if held else 1]
-        files = [stack.enter_context(open(folder / f"{name}.npy", "wb+")) for name in names]
+        files = [stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in names]
         starts = [header(file, 0) for file in files]
         results = tqdm(results, total=total, unit="img", disable=None)
         for i, (pixels, name, label, captions, attributes, reason) in enumerate(results):
-            leave_if_stopped()
             if pixels is None:
                 if args.strict:
                     fail(f"{name!r}: {reason} (--strict)")
@@ -1352,16 +1334,9 @@ def write_images(results, total, folder, args, digest):
             odd.update(reason)
             part = int(i in held)
             files[part].write(pixels.tobytes())
-            if not part:
-                digest.update(pixels.tobytes())
             rows[part].append((label, {"captions": captions} | (attributes or {})))
         for file, start, those in zip(files, starts, rows):
             assert header(file, len(those)) == start, "numpy's header changed its length"
-        for file, start in zip(files[1:], starts[1:]):  # their turn in the fingerprint
-            file.seek(start)
-            while block := file.read(1 << 24):
-                digest.update(block)
-        for file in files:
             file.flush()
             os.fsync(file.fileno())
     return *rows, skipped, odd
@@ -1369,10 +1344,10 @@ def write_images(results, total, folder, args, digest):
 
 def write_arrays(results, total, left, folder, args, text_encoder):
     """images.npy, then labels and captions; returns meta.json's content. left: what the listing left out."""
-    digest, meta = hashlib.sha256(), left_out(left)
+    meta = left_out(left)
     if args.strict and meta["skipped"]:
         fail("{file!r}: {reason} (--strict)".format(**meta["skipped"][0]))
-    rows, held, skipped, meta["odd"] = write_images(results, total, folder, args, digest)
+    rows, held, skipped, meta["odd"] = write_images(results, total, folder, args)
     meta["left_out"] |= {"unreadable image": len(skipped)} if skipped else {}
     skipped = meta["skipped"] = meta["skipped"] + skipped
     if not rows or args.holdout and not held:
@@ -1390,30 +1365,30 @@ def write_arrays(results, total, left, folder, args, text_encoder):
         if args.source == "stacked-mnist":  # all of them, whether drawn or not
             meta |= {"classes": [f"{i:03}" for i in range(1000)], "stacked": 10}
         index = {c: i for i, c in enumerate(meta["classes"])}
-        save_parts(folder, "labels", np.array([index[label] for label in labels], np.int64), meta, digest)
+        save_parts(folder, "labels", np.array([index[label] for label in labels], np.int64), meta)
     if texts[0]["captions"] is not None:
         captions = [text["captions"] for text in texts]
         array, meta["vocabulary"], meta["cut"], meta["rare"] = tokenize(
             captions, args.max_words or MAX_WORDS, len(rows))
-        save_parts(folder, "tokens", array, meta, digest)
+        save_parts(folder, "tokens", array, meta)
         if args.text_encoder:
             flat = text_encoder.encode([c for each in captions for c in each])
             array = np.zeros((len(captions), max(map(len, captions)), flat.shape[1]), np.float32)
             for row, each in zip(array, captions):
                 row[:len(each)], flat = flat[:len(each)], flat[len(each):]
-            save_parts(folder, "embeddings", array, meta, digest)
+            save_parts(folder, "embeddings", array, meta)
             meta["text_encoder"] = args.text_encoder
         for name, part in (("captions", rows), ("held_out_captions", held)):
             if part:
                 write_text(folder / f"{name}.jsonl", "".join(json.dumps(text) + "\n" for _, text in part))
-    return meta | {"fingerprint": digest.hexdigest()}
+    return meta
 
 
-def save_parts(folder, name, array, meta, digest):
+def save_parts(folder, name, array, meta):
     """An array of all images, those held out last, as NAME.npy and, if there are any, held_out_NAME.npy."""
-    save_array(folder / f"{name}.npy", array[:meta["count"]], digest)
+    save_array(folder / f"{name}.npy", array[:meta["count"]])
     if len(array) > meta["count"]:
-        save_array(folder / f"held_out_{name}.npy", array[meta["count"]:], digest)
+        save_array(folder / f"held_out_{name}.npy", array[meta["count"]:])
 
 
 def left_out(left):
@@ -1522,17 +1497,14 @@ def write_oracle(args, folder):
 
 def save_texts(args, folder, tokens, held_out, vocabulary, cut):
     """The arrays of texts (n, L), (m, L) int32 of token ids; returns their part of meta.json."""
-    digest = hashlib.sha256()
-    for name, array in (("tokens", tokens), ("held_out", held_out)):
-        save_array(folder / f"{name}.npy", array, digest)
+    save_array(folder / "tokens.npy", tokens)
+    save_array(folder / "held_out.npy", held_out)
     return {"name": "oracle" if args.synthetic_oracle else "text", "count": len(tokens),
             "length": tokens.shape[1], "held_out": len(held_out), "level": args.level,
-            "size": None, "channels": None, "classes": None, "vocabulary": vocabulary, "cut": cut,
-            "fingerprint": digest.hexdigest()}
+            "size": None, "channels": None, "classes": None, "vocabulary": vocabulary, "cut": cut}
 
 
-def save_array(path, array, digest):
-    digest.update(array.tobytes())
+def save_array(path, array):
     with open(path, "wb") as file:
         np.save(file, array)
         os.fsync(file.fileno())
@@ -1598,6 +1570,7 @@ def parse_args(argv=None):
         "processes")
     args = parser.parse_args(argv)
     args.size = args.size or (32 if args.source == "stacked-mnist" else 64)
+    args.num = args.num or DRAWN.get(args.source)
     args.channels = args.channels or (1 if args.source in ("mnist", "fashion-mnist") else 3)
     if "seed" in parser.named and args.source not in (*DRAWN, "text") and not args.holdout:
         fail("--seed needs source shapes or stacked-mnist or text, or --holdout")
@@ -1626,11 +1599,12 @@ def already(args, out, state):
     """Say that DATA is there and whole; other options, another source or damage are refused."""
     there = Data(out, "--out")
     asked, before = source_options(args), there.meta.get("source", {})
-    same = args.source in TORCHVISION or (  # the same files, moved or not
-        state is not None and state == there.meta.get("source_state"))
-    before |= {k: os.path.realpath(before[k]) for k in PATHS if before.get(k) and before[k] != asked[k]}
+    before["num"] = before.get("num") or DRAWN.get(args.source)  # which older DATA do not say
+    if state in (None, there.meta.get("source_state")):  # the same files, moved or not; "inside" is no file
+        asked |= {k: before.get(k) for k in PATHS if k == "root" or
+                  all(os.path.isabs(o.get(k) or "") for o in (asked, before))}
     changed = [f"{flag(k)} {before.get(k)} there, {'not given' if v is None else f'{v} asked'}"
-               for k, v in asked.items() if v != before.get(k) and not (same and k in PATHS)]
+               for k, v in asked.items() if v != before.get(k)]
     if changed:
         fail(f"--out {args.out} holds other data ({'; '.join(changed)}): delete it, or choose another --out "
              "(of run_all.sh DATA=)")
@@ -1638,7 +1612,7 @@ def already(args, out, state):
         fail(f"--out {args.out} was made without --strict and lacks files (meta.json): delete it to retry")
     there.verify()
     what = f"{there.meta['count']} {'texts' if args.source == 'text' else 'images'}"
-    if state and not same and "source_state" in there.meta:
+    if state != there.meta.get("source_state", state):
         return print(f"note: {args.root} is not as {args.out} was made of it ({what}): delete it to redo it")
     print(f"{args.out} is already prepared: {what}")
 
@@ -1656,7 +1630,9 @@ def make(args, out, state):
             meta = (write_oracle if args.synthetic_oracle else write_texts)(args, partial)
         else:
             meta = write_arrays(decode_all(items, args), total, left, partial, args, text_encoder)
-        meta |= {"source": source_options(args), "source_state": state}
+        meta |= {"source": source_options(args), "source_state": state, "fingerprint": None}
+        write_json(partial / "meta.json", meta)
+        meta["fingerprint"] = Data(partial).fingerprint()
         write_json(partial / "meta.json", meta)
         os.rename(partial, out)
         return meta

@@ -202,6 +202,8 @@ leave() {
 }
 for name in INT TERM USR1 HUP; do trap "stop $name" "$name"; done
 
+case " $* " in *" --help "* | *" -h "*) exec "$python" "$here/train.py" --help ;; esac
+
 # What train.py says to these options, in $said; a mistake ends here, in one line.
 ask() {
     local status=0

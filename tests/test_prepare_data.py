@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import struct
@@ -411,7 +412,8 @@ def test_stacked_mnist(tmp_path):
         digit = Image.fromarray(dataset.data[drawn[i, channel]].numpy())
         digit = digit.resize((32, 32), Image.Resampling.LANCZOS)  # as of `mnist --size 32`
         assert np.array_equal(images[i, :, :, channel], digit)
-    assert "already" in call(*command, tmp_path / "stacked", "--num", "300").stdout
+    for root in (("--root", SHARED / "mnist"), ()):  # wherever the digits were read
+        assert "already" in prepare("stacked-mnist", *root, "--out", tmp_path / "stacked", "--num", "300").stdout
     call(*command, tmp_path / "fewer", "--num", "20", "--size", "28")
     assert np.array_equal(read(tmp_path / "fewer")[0][5, :, :, 1], dataset.data[drawn[5, 1]])
     call(*command, tmp_path / "other", "--num", "300", "--seed", "1")
@@ -813,6 +815,22 @@ def test_already_prepared_is_said_when_it_is(tmp_path, monkeypatch):
     assert read(tmp_path / "real")[1]["count"] == 2
 
 
+def test_captions_asked_for_by_a_word_are_no_moved_file(made, tmp_path):
+    _, said, out = made({"1.png": "red", "2.png": "blue", "3.png": "green", "captions.jsonl": lines(**{"1_png": "a red"})})
+    assert "--captions inside" in said
+    again = ("folder", "--root", tmp_path / "src", "--size", "8", "--out", out)
+    assert "already" in prepare(*again).stdout
+    refuse(*again, "--captions", "inside", naming=["--captions None there, inside asked"])
+    assert len(captions_of(made({}, "--captions", "inside")[2])) == 1
+
+
+def test_a_default_that_is_spelled_out_is_the_same():
+    for source, num in prepare_data.DRAWN.items():
+        plain, named = ([source, "--out", "x", *more] for more in ((), ("--num", str(num))))
+        options = [prepare_data.source_options(prepare_data.parse_args(argv)) for argv in (plain, named)]
+        assert options[0] == options[1]
+
+
 def test_captions_and_classes_that_nobody_meant(made, tmp_path):
     photos = {f"{i}.png": "red" for i in range(6)}
     meta, said, _ = made(photos | {"1.txt": "credits"})
@@ -889,6 +907,10 @@ def test_texts_say_what_they_lose(made, tmp_path, monkeypatch):
     assert meta["left_out"] == {"hidden folder": 1, "null caption": 1, "wordless text": 2} and meta["count"] == 36
     assert "1 null caption, 2 wordless texts" in said and "note: 42 of the 99 that --num asks for" in said
     (tmp_path / "src" / "b.jsonl").unlink()
+    inside = ("text", "--root", tmp_path / "src", "--out", tmp_path / "src" / "data")
+    prepare(*inside)
+    assert "already prepared" in prepare(*inside).stdout
+    shutil.rmtree(tmp_path / "src" / "data")
     (tmp_path / "src" / "a.TXT").write_bytes(b"caf\xe9\n")
     refuse("text", "--root", tmp_path / "src", "--out", tmp_path / "x", naming=["a.TXT", "line 1 is not UTF-8 text"])
     put(tmp_path, {"t.jsonl": [{"captions": [None, f"cafe\u0301 {i}"]} for i in range(30)]})
@@ -973,8 +995,6 @@ def test_a_worker_killed_for_memory_is_said_so(tmp_path, monkeypatch, capsys):
     args = prepare_data.parse_args(["shapes", "--out", str(tmp_path / "x"), "--num", "2", "--workers", "1"])
     with pytest.raises(SystemExit) as ended:
         list(prepare_data.decode_all(prepare_data.shapes_source(args)[1], args))
-    for number in prepare_data.SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     assert ended.value.code == 1 and "--workers (1 here)" in capsys.readouterr().err
 
 

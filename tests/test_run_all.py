@@ -145,6 +145,9 @@ def test_mistakes(tmp_path):
         assert naming in done.stderr and len(done.stderr.splitlines()) == 1
     done = call("bash", ROOT / "run_all.sh", "shapes", status=2, **environment(tmp_path) | {"PYTHON": "/bin/false"})
     assert "PYTHON=/bin/false" in done.stderr
+    for word in ("--help", "-h"):  # of train.py, with a recipe before it
+        done = call("bash", ROOT / "run_all.sh", "shapes", "--epochs", "3", word, **environment(tmp_path))
+        assert "--batch-size" in done.stdout and "prepared" not in done.stdout
     assert not list(tmp_path.iterdir()), "before anything is made"
     Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
     done = call("bash", ROOT / "run_all.sh", "folder", status=2, **environment(tmp_path) | {"ROOT": str(tmp_path)})
