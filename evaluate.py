@@ -44,7 +44,7 @@ from pytorch_fid import inception as fid_inception
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from prepare_data import (LATER, Data, Parser, check_writable, fail, find_device, flag, in_a_line,
+from prepare_data import (LATER, Data, Parser, Trackers, check_writable, fail, find_device, flag, in_a_line,
                           keep_memory, leave, load_text_encoder, on_signals, plural, read_json, read_lines,
                           read_or_empty, read_picture, status_of, steady_output, whole_file, why_left,
                           why_unread, within, write_json, write_text)
@@ -139,32 +139,23 @@ def figure_rows(metrics):
 
 # ---- Inception -------------------------------------------------------------------------------------------
 
-def bare_inception():
-    """pytorch-fid's network of 1008 classes, without weights."""
-    with mock.patch.object(fid_inception, "load_state_dict_from_url"), warnings.catch_warnings(), \
-            mock.patch.object(torchvision.models.Inception3, "load_state_dict"):
-        warnings.simplefilter("ignore")
-        return fid_inception.fid_inception_v3()
-
-
 def load_inception(path, device):
     """Images (B, 3, H, W) in [0, 1] -> features (B, 2048): pytorch-fid's network with the weights in a file.
 
     Its `classes` is the classifier (1008, 2048), None where the file has none. Batch normalisation is folded
     into the convolutions, which changes features by 1e-6 of their size and saves a sixth of the time.
     """
-    network = bare_inception()
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with mock.patch.object(fid_inception, "load_state_dict_from_url", lambda *_, **__: state):
+            features = fid_inception.InceptionV3([3]).eval()
     except Exception as error:  # torch raises many kinds on a file that is no state dict of this network
         fail(f"{path} does not hold pytorch-fid's Inception weights ({in_a_line(error)}): "
              "name another file with --weights, or delete it")
-    with mock.patch.object(fid_inception, "fid_inception_v3", lambda: network):
-        features = fid_inception.InceptionV3([3]).eval()
     for module in features.modules():
         if isinstance(module, torchvision.models.inception.BasicConv2d):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), torch.nn.Identity()
-    features.classes = network.fc.weight.detach() if network.fc.weight.any() else None
+    features.classes = state["fc.weight"] if state["fc.weight"].any() else None
     features.name = hashlib.sha256(path.read_bytes()).hexdigest()
     return features.requires_grad_(False).to(device, memory_format=torch.channels_last)
 
@@ -222,7 +213,7 @@ def convert_weights(script):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         source = torch.jit.load(io.BytesIO(script), map_location="cpu").state_dict().values()
-    state = bare_inception().state_dict()
+    state = fid_inception._inception_v3(num_classes=1008, aux_logits=False, weights=None).state_dict()
     held = [key for key in state if key.endswith(("conv.weight", "bn.bias", "running_mean", "running_var"))]
     for key in state.keys() - held:
         state[key].fill_(key.endswith("bn.weight"))
@@ -479,17 +470,13 @@ def distances(x, y, what):
         yield start, torch.addmm(square, part, y.T, alpha=-2).add_(part.square().sum(1, keepdim=True))
 
 
-def nearest(x, y, k, what, own=False):
-    """Squared distances (n, k) of each row of x (n, d) to its k nearest of y (m, d), and their rows (n, k).
-
-    own: x is y, and none is its own neighbour.
-    """
+def radii(x, k, what):
+    """Squared distances (n, k) of each row of x (n, d) to its k nearest others."""
     found = []
-    for start, squared in distances(x, y, what):
-        if own:
-            squared[:, start:].fill_diagonal_(torch.inf)
-        found.append(squared.topk(min(k, len(y) - own), largest=False))
-    return [torch.cat(parts) for parts in zip(*found)]
+    for start, squared in distances(x, x, what):
+        squared[:, start:].fill_diagonal_(torch.inf)
+        found.append(squared.topk(k, largest=False).values)
+    return torch.cat(found)
 
 
 def neighbour_measures(real, fake, k=NEIGHBOURS):
@@ -502,9 +489,8 @@ def neighbour_measures(real, fake, k=NEIGHBOURS):
     middle = real.mean(0, dtype=torch.float64)  # around it numbers are small, and so is their rounding
     real, fake = real - middle, fake - middle
     same = 1e-12 * max(x.square().sum(1).max().item() for x in (real, fake))  # rounding is less
-    real_radii, fake_radii = (nearest(x, x, k, f"neighbours of {name} images", own=True)[0]
-                              for x, name in ((real, "real"), (fake, "generated")))
-    precise, inside_count = [], 0
+    real_radii, fake_radii = radii(real, k, "real images"), radii(fake, k, "generated images")
+    precise, found, inside_count = [], [], 0
     recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
     for start, squared in distances(fake, real, "generated images among real ones"):
         inside = squared <= real_radii[:, -1] + same
@@ -512,7 +498,8 @@ def neighbour_measures(real, fake, k=NEIGHBOURS):
         inside_count += inside.sum().item()
         covered |= inside.any(0)
         recalled |= (squared <= fake_radii[start:start + len(squared), -1:] + same).any(0)
-    near, rows = nearest(fake, real, k, "nearest real images")
+        found.append(squared.topk(k, largest=False))
+    near, rows = (torch.cat(parts) for parts in zip(*found))
     return {"precision": torch.cat(precise).double().mean().item(),
             "recall": recalled.double().mean().item(),
             "density": inside_count / (k * len(fake)),
@@ -775,24 +762,6 @@ def oracle_nll(path, tokens):
     return total / tokens.shape[1]
 
 
-def text_figures(texts, training, references, separator):
-    """Figures of generated texts beside those of training and held-out references, all lists of tokens."""
-    def distinct(n):
-        grams = [tuple(text[i:i + n]) for text in texts for i in range(len(text) - n + 1)]
-        return len(set(grams)) / max(len(grams), 1)
-
-    scored = texts[:TEXTS]
-    to_real = bleu(scored, lambda i: references)
-    to_each_other = bleu(scored, lambda i: scored[:i] + scored[i + 1:])
-    lines, trained_on = [separator.join(text) for text in texts], {separator.join(text) for text in training}
-    novelty = float(np.mean([line not in trained_on for line in lines]))
-    return (figures({f"bleu_{n}": value for n, value in to_real.items()}, len(scored), len(references))
-            | figures({f"self_bleu_{n}": value for n, value in to_each_other.items()}, len(scored))
-            | figures({"distinct_1": distinct(1), "distinct_2": distinct(2)}, len(texts))
-            | figures({"novelty": novelty}, len(texts), len(training))
-            | figures({"different": len(set(lines)) / len(texts)}, len(texts)))
-
-
 def score_texts(file, data, record):
     """The figures of sample.py's texts.txt and its record: (metrics, galleries of the report)."""
     vocabulary, separator = data.meta["vocabulary"], " " if data.meta["level"] == "word" else ""
@@ -805,7 +774,20 @@ def score_texts(file, data, record):
         fail(f"{file}: {len(texts)} texts that are not empty; it takes 2 or more")
     if len(texts) < len(lines):
         warned.append(f"{len(lines) - len(texts)} of {len(lines)} texts are empty and left out")
-    found = text_figures(texts, training, references, separator)
+
+    def distinct(n):
+        grams = [tuple(text[i:i + n]) for text in texts for i in range(len(text) - n + 1)]
+        return len(set(grams)) / max(len(grams), 1)
+
+    scored, trained_on = texts[:TEXTS], {tuple(text) for text in training}
+    to_real = bleu(scored, lambda i: references)
+    to_each_other = bleu(scored, lambda i: scored[:i] + scored[i + 1:])
+    novelty = float(np.mean([tuple(text) not in trained_on for text in texts]))
+    found = figures({f"bleu_{n}": value for n, value in to_real.items()}, len(scored), len(references))
+    found |= figures({f"self_bleu_{n}": value for n, value in to_each_other.items()}, len(scored))
+    found |= figures({"distinct_1": distinct(1), "distinct_2": distinct(2),
+                      "different": len({tuple(text) for text in texts}) / len(texts)}, len(texts))
+    found |= figures({"novelty": novelty}, len(texts), len(training))
     if "nll" in record:
         found |= figures({"nll": record["nll"]}, n_real=record["nll_texts"],
                          temperature=record.get("temperature", 1))
@@ -1030,22 +1012,12 @@ def write_report(run, path, metrics, config, galleries=()):
 
 def track(run, config, metrics):
     """The figures of a run, to the trackers that train.py wrote its curves to."""
-    trackers = config["options"].get("tracker") or []
+    names, last = config["options"].get("tracker") or [], read_status(run)["step"]
     values = {f"evaluate/{key}": entry["value"] for key, entry in figures_of(metrics).items()}
-    step = metrics.get("samples", {}).get("step") or read_status(run)["step"]
-    try:
-        if "tensorboard" in trackers:
-            from torch.utils.tensorboard import SummaryWriter
-            with SummaryWriter(run / "tensorboard") as writer:
-                for name, value in values.items():
-                    writer.add_scalar(name, value, step)
-        if "wandb" in trackers:
-            import wandb
-            with wandb.init(project="gan", id=config["run_id"], resume="allow", dir=run) as tracked:
-                tracked.summary.update(values)
-    except Exception as error:  # a tracker that cannot be reached is no reason to lose the figures
-        print(f"note: not sent to --tracker {' '.join(trackers)}: {in_a_line(error)}",
-              file=sys.stderr)
+    with contextlib.suppress(SystemExit):  # one that cannot be reached is no reason to lose the figures
+        trackers = Trackers(names, run, config.get("run_id"), last, config)
+        trackers.log(values, metrics.get("samples", {}).get("step") or last)
+        trackers.close()
 
 
 # ---- runs side by side -----------------------------------------------------------------------------------
@@ -1274,10 +1246,9 @@ def captions_drawn(images, count):
     return conditions, []
 
 
-def score_images(args, images, run, config, record):
+def score_images(args, images, run, data, record):
     """FID and what comes of the same pass: (metrics, galleries of the report). record: sample.py's."""
     generated = open_images("--images", images)
-    data = None if args.reference else Data(args.data or config["options"]["data"])
     if data:
         real_count(data, args.num_real, args.floor)  # before any work
     reference = data.array("images") if data else open_images("--reference", args.reference)
@@ -1361,10 +1332,10 @@ def training_warnings(status, total, drawn, replaced):
     return warned
 
 
-def others_of(args, config, own):
+def others_of(args, trained_on, own):
     """{"images", "reference": path}: of these what is not the run's own, such as its samples in `own`."""
     others = {"reference": args.reference or args.data, "images": args.images}
-    if args.data and Data(args.data).meta["fingerprint"] == config["data"]["fingerprint"]:
+    if trained_on:
         del others["reference"]
     if args.images and Path(args.images).resolve() in own:
         del others["images"]
@@ -1387,23 +1358,26 @@ def score(args):
     if samples is None:
         fail(f"{run / names[0]} is not there: python sample.py --run {run} --num 2048")
     record = read_or_empty(run / "texts.json" if texts else f"{samples.resolve()}.json")
-    others = others_of(args, config, [(run / name).resolve() for name in names]) if run else {}
+    record = record if "generator" in record else {}  # another's file of that name
+    data = None if args.reference else Data(args.data or config["options"]["data"])
+    trained_on = run and data and data.meta["fingerprint"] == config["data"]["fingerprint"]
+    if run and data and not trained_on and (texts or not args.data):
+        fail(f"--data {data.folder}: not what {run} was trained on"
+             + ("" if texts else ": name it if that is what to score against"))
+    others = others_of(args, trained_on, [(run / name).resolve() for name in names]) if run else {}
     suffix = "".join("-" + re.sub(r"[^\w.-]", "_", Path(path).resolve().name) for path in others.values())
     target = args.out or (run / f"metrics{suffix}.json" if run else None)
     for option, path in (("--out", args.out and Path(args.out).parent), ("--run", run)):
         if path:
             check_writable(option, path)
     if texts:
-        data = Data(args.data or config["options"]["data"])
-        if data.meta["fingerprint"] != config["data"]["fingerprint"]:
-            fail(f"--data {data.folder}: not the texts that {run} was trained on")
         metrics, galleries = score_texts(samples, data, record)
     else:
-        metrics, galleries = score_images(args, samples, run, config, record)
+        metrics, galleries = score_images(args, samples, run, data, record)
 
     if run:
         own, path = {} if "images" in others else record, run / "generator.pt"
-        replaced = ("generator" in own and path.exists()
+        replaced = (own and path.exists()
                     and hashlib.sha256(path.read_bytes()).hexdigest() != own["generator"])
         metrics["warnings"] += training_warnings(
             read_status(run), config["steps"], own.get("step"), replaced)

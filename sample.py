@@ -291,7 +291,7 @@ class Written:
         self.lines = self.read()
 
     def read(self):
-        return set(self.path.read_text().splitlines()) if self.path.exists() else set()
+        return set(self.path.read_text("utf-8").splitlines()) if self.path.exists() else set()
 
     def line(self, path, data):
         return f"{hashlib.sha256(data).hexdigest()}  {path.relative_to(self.folder)}"
@@ -311,7 +311,7 @@ class Written:
 
     def note(self, lines, instead_of=()):
         self.lines = self.read().difference(instead_of).union(lines)  # another call may write meanwhile
-        lines = sorted(self.lines, key=lambda line: line.split("  ", 1)[1])
+        lines = sorted(self.lines, key=lambda line: line[66:])  # its name
         write_text(self.path, "".join(line + "\n" for line in lines))
 
     def write(self, path, data):
@@ -372,7 +372,7 @@ def write_images(out, blocks, written):
                 lines += waiting  # a block behind: errors of the disk surface, memory stays bounded
                 waiting = pool.map(write, [f"{first + i:06d}.png" for i in range(len(pixels))], pixels)
             lines += waiting
-        before = {line for line in written.lines if line.split("  ", 1)[1].startswith(f"{out.name}/")}
+        before = {line for line in written.lines if line[66:].startswith(f"{out.name}/")}
         written.note(lines)  # before they are there: killed in between, both are known
         shutil.rmtree(out, ignore_errors=True)
         os.rename(partial, out)

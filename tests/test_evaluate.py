@@ -102,7 +102,7 @@ def test_distances_that_fp32_cannot_tell_are_exact():
     inside = exact[:, 40:] <= np.sort(exact)[:, 1:2]
     assert found["precision"] == 1 and found["density"] == inside.sum(0).mean() and found["coverage"] == inside.any(1).mean()
     centred = torch.from_numpy(real).double() - 1000
-    apart, _ = evaluate.nearest(centred, centred, 9, "", own=True)
+    apart = evaluate.radii(centred, 9, "")
     assert np.allclose(apart.clamp(0).sqrt(), np.sort(exact)[:, 1:10], rtol=1e-9, atol=1e-9)
     copies = np.repeat(rng.random((1, 2048), np.float32), 20, 0)  # which is nearest is not decided by rounding
     found = measured(np.concatenate([copies, copies + 1]), copies[:5])[0]
@@ -367,12 +367,13 @@ def test_equals_pytorch_fid(weights, tmp_path):
         call("evaluate.py", "--images", paths[0], "--reference", paths[1], "--weights", weights, "--out", tmp_path / "m.json")
         return json.loads((tmp_path / "m.json").read_text())
 
+    (tmp_path / "a.json").write_text('{"annotations": [], "score": NaN}')  # beside them, and not sample.py's
     theirs("--save-stats", b, tmp_path / "b.npz")
     expected = float(re.search(r"FID:\s*(\S+)", theirs(a, tmp_path / "b.npz")).group(1))
     metrics = ours(a, b)
     assert metrics["fid"]["value"] == pytest.approx(expected, rel=1e-3)
     assert (metrics["fid"]["n_generated"], metrics["fid"]["n_real"]) == (12, 10)
-    assert "2048" in metrics["warnings"][0] and metrics["kid"]["n_real"] == 10
+    assert "2048" in metrics["warnings"][0] and metrics["kid"]["n_real"] == 10 and "samples" not in metrics
     metrics = ours(a, tmp_path / "b.npz")
     assert metrics["fid"]["value"] == pytest.approx(expected, rel=1e-3) and "kid" not in metrics
 
@@ -421,16 +422,21 @@ def test_a_run_is_scored_and_reported(weights, trained, shapes, tmp_path):
     assert "16 real images" in said and "match their captions is not measured" in said and "cosine" not in said
 
 
-def test_figures_of_other_images_or_data_are_kept_apart(shapes, tmp_path):
-    (tmp_path / "images").mkdir()
-    own, config = [tmp_path / "images"], {"data": json.loads((shapes / "meta.json").read_text())}
-    for named, apart in (({}, {}), ({"images": tmp_path / "images"}, {}), ({"data": shapes}, {}),
-                         ({"images": tmp_path / "x"}, {"images": tmp_path / "x"}),
-                         ({"reference": tmp_path / "y"}, {"reference": tmp_path / "y"})):
+def test_figures_of_other_images_or_data_are_kept_apart(trained, shapes, tmp_path):
+    own = [tmp_path / "images"]
+    for named, trained_on, apart in (({}, True, {}), ({"images": own[0]}, True, {}), ({"data": "d"}, True, {}),
+                                     ({"images": tmp_path / "x"}, True, {"images": tmp_path / "x"}),
+                                     ({"reference": tmp_path / "y"}, False, {"reference": tmp_path / "y"}),
+                                     ({"data": "d"}, False, {"reference": "d"})):
         args = Namespace(**{"images": None, "data": None, "reference": None} | named)
-        assert evaluate.others_of(args, config, own) == apart
-    other = {"data": {"fingerprint": "another"}}
-    assert evaluate.others_of(Namespace(images=None, data=shapes, reference=None), other, own) == {"reference": shapes}
+        assert evaluate.others_of(args, trained_on, own) == apart
+    run, data = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(shapes, tmp_path / "data")
+    folder_of(run / "images", 2, 0)
+    for folder, change in ((data, {"fingerprint": "of what was made anew there"}), (run, {"options": {"data": str(data)}})):
+        path = folder / ("meta.json" if folder == data else "config.json")
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {k: v if k == "fingerprint" else content[k] | v for k, v in change.items()}))
+    refused("evaluate.py", "--run", run, naming=[f"--data {data}", "not what", "was trained on"])
 
 
 def test_report_escapes(trained, tmp_path):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, refused
+from conftest import ROOT, TINY, call, refused
 from PIL import Image
 
 import sample
@@ -253,6 +253,11 @@ def test_what_it_wrote_is_replaced_and_what_was_changed_is_not(generator, tmp_pa
     for written, name in ((one, "one"), (other, "other")):
         written.write(tmp_path / name, name)
     assert all(sample.Written(tmp_path).holds(tmp_path / name) for name in ("one", "other")), "of two calls at once"
+    with open(tmp_path / "sample.sha256", "a") as file:  # as an editor leaves it
+        file.write("\n")
+    for _ in range(2):  # where the locale knows no such letter
+        call(sys.executable, ROOT / "sample.py", "--run", generator, "--num", "2", "--out", tmp_path / "\u00fc",
+             PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
     (real / "000001.png").write_bytes(b"painted over")
     refused("sample.py", "--run", generator, "--num", "2", "--out", tmp_path / "link", naming="000001.png")
 

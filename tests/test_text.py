@@ -231,7 +231,7 @@ def test_bleu_and_the_other_figures(run, data, tmp_path):
     known, unseen = train.to_texts(torch.from_numpy(tokens), meta)[0], train.to_texts(torch.from_numpy(held_out), meta)
     lines = [known, known, *unseen[:2]]
     (copy / "texts.txt").write_text("\n".join(lines) + "\n")
-    (copy / "texts.json").write_text(json.dumps({"num": 4, "nll": 1.5, "nll_texts": 7}))
+    (copy / "texts.json").write_text(json.dumps({"generator": "0", "num": 4, "nll": 1.5, "nll_texts": 7}))
     said = call("evaluate.py", "--run", copy).stdout
     metrics = json.loads((copy / "metrics.json").read_text())
     words = [word for line in lines for word in line.split()]
