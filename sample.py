@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from prepare_data import (EXTENSIONS, Data, Parser, fail, find_device, flag, keep_memory, leave, lines_of,
                           load_text_encoder, on_signals, partial_folder, plural, read_json, read_or_empty,
-                          status_of, steady_output, text_of, whole_file, within, words_of, write_text)
+                          status_of, steady_output, text_of, whole_file, within, words_of)
 from train import latents, load_generator, make_grid, out_of_memory, to_pixels, to_texts
 
 BLOCK = 64  # images a pass, always: another number would round the last bits another way
@@ -291,7 +291,7 @@ class Written:
         self.lines = self.read()
 
     def read(self):
-        return set(self.path.read_text("utf-8").splitlines()) if self.path.exists() else set()
+        return set(os.fsdecode(self.path.read_bytes()).splitlines()) if self.path.exists() else set()
 
     def line(self, path, data):
         return f"{hashlib.sha256(data).hexdigest()}  {path.relative_to(self.folder)}"
@@ -312,7 +312,8 @@ class Written:
     def note(self, lines, instead_of=()):
         self.lines = self.read().difference(instead_of).union(lines)  # another call may write meanwhile
         lines = sorted(self.lines, key=lambda line: line[66:])  # its name
-        write_text(self.path, "".join(line + "\n" for line in lines))
+        with whole_file(self.path) as file:
+            file.write(os.fsencode("".join(line + "\n" for line in lines)))
 
     def write(self, path, data):
         """A file of these bytes or this text; at no moment does one stand there that is not noted."""
