@@ -135,10 +135,12 @@ if [ -n "${NUM-}" ]; then
 fi
 call="$recipe $data ${prepare[*]-} ${train[*]-} $count ${real[*]-} $*"
 again=''
-case " $* " in *" --resume never "* | *" --resume=never "*)
-    again=' with --resume auto'
-    ! grep -qs "\"job\": \"${SLURM_JOB_ID:-none}\"" "$run/config.json" ||
-        set -- "$@" --resume auto ;;  # this job has started over already
+case " $* " in
+    *" --resume auto "* | *" --resume=auto "*) ;;
+    *" --resume "* | *" --resume="*)
+        again=' with --resume auto'
+        ! grep -qs "\"job\": \"${SLURM_JOB_ID:-none}\"" "$run/config.json" ||
+            set -- "$@" --resume auto ;;  # this job has begun from there already
 esac
 
 if [ -f "$run/generator.pt" ] && [ -f "$run/report.html" ] && [ "$run/done" -nt "$run/generator.pt" ] &&

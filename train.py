@@ -1378,16 +1378,6 @@ class Turn(NamedTuple):
     dial: float  # what the kind of data makes of it: of images, the size drawn
 
 
-class Now(NamedTuple):
-    """What holds at a step."""
-    lr_g: float
-    lr_d: float
-    beta2: float
-    share: float  # of G in its average
-    amounts: dict  # see Player
-    turn: Turn
-
-
 @dataclass(frozen=True)
 class Run:
     """What was asked for and where it runs: nothing of it changes while it trains."""
@@ -1405,7 +1395,7 @@ class Run:
     group: object = None  # all of them, on the host
 
     def at(self, step):
-        """Now at a step, from its number alone: so nothing of it is saved."""
+        """What holds at a step, from its number alone: so nothing of it is saved."""
         args, start = self.args, self.share_of_start(step)
         lr_g, lr_d, beta2, r1, r2, diffaug = (between(value, start) for value in (
             self.data.lr_g(self, step), args.lr_d, args.beta2, args.r1, args.r2, args.diffaug))
@@ -1420,7 +1410,8 @@ class Run:
                     self.data.dial(self, step))
         # lazy regularisation: Karras et al. 2020
         amounts = {"r1": r1 * args.penalty_interval, "r2": r2 * args.penalty_interval, "diffaug": diffaug}
-        return Now(lr_g * warm, lr_d * warm, beta2, 1 - decay, amounts, turn)
+        return Namespace(lr_g=lr_g * warm, lr_d=lr_d * warm, beta2=beta2, amounts=amounts, turn=turn,
+                         share=1 - decay)  # of G in its average
 
     def share_of_start(self, step):
         """How much of START is in the values START:END: 1 at first, 0 after the burn-in."""
@@ -1516,15 +1507,16 @@ def train_step(run, state, turn, z, batch, condition):
         amounts = {name: amount for name, amount in amounts.items() if name == "diffaug"}
     x = run.data.real(run, batch, turn.dial)
     wrong = another(condition) if run.args.mismatch_weight else (None, None)
-    parts = split(run.args.grad_accum, x, condition, z, *wrong)
-    reuse = turn.train_g and len(parts) == 1  # one pass of G serves both; of parts it would fill the memory
+    n = run.args.grad_accum
+    parts = list(zip(*([None] * n if y is None else y.chunk(n) for y in (x, condition, z, *wrong))))
+    reuse = turn.train_g and n == 1  # one pass of G serves both; of parts it would fill the memory
     statistics = state.G.statistics.clone()
 
     for x, c, z, *wrong in parts:
         with run.autocast(), torch.set_grad_enabled(reuse):
             fake = G(z, c, turn.dial)
         loss, report = loss_of_d(run, D, amounts, x, c, fake, turn.dial, *wrong)
-        state.D.backward(loss, len(parts))
+        state.D.backward(loss, n)
         meter.note(**report, diversity=spread(fake) / spread(x))
     meter.note(**state.D.update(run))
 
@@ -1534,7 +1526,7 @@ def train_step(run, state, turn, z, batch, condition):
             with run.autocast():
                 fake = G(z, c, turn.dial)
         loss, report = loss_of_g(run, G, D, amounts, x, c, fake, turn.dial)
-        state.G.backward(loss, len(parts))
+        state.G.backward(loss, n)
         meter.note(**report)
     D.requires_grad_(True)
     if turn.train_g:
@@ -1545,11 +1537,6 @@ def train_step(run, state, turn, z, batch, condition):
     torch.where(skip > 0, statistics, state.G.statistics, out=state.G.statistics)
     state.ema.update(state.G)
     meter.close()
-
-
-def split(count, *tensors):
-    """Tensors (B, …) or None in so many parts each, one of each together."""
-    return list(zip(*(x.chunk(count) if x is not None else [None] * count for x in tensors)))
 
 
 def spread(x):
@@ -1666,11 +1653,11 @@ def lies_in(run, path):
 
 def find_checkpoint(run):
     """The checkpoint to go on from as (dict, path), or (None, None) for a fresh start."""
-    asked, latest, errors = run.args.resume, run.out / "checkpoint.pt", []
-    own = [latest, run.out / "checkpoint.prev.pt"]
+    asked, errors = run.args.resume, []
+    own = [run.out / name for name in ("checkpoint.pt", "checkpoint.prev.pt") if (run.out / name).exists()]
     paths = {"never": [], "auto": own}.get(asked, [Path(asked)])
     elsewhere = bool(paths) and not lies_in(run, paths[0])
-    if elsewhere and any(path.exists() for path in own):
+    if elsewhere and own:
         if read_or_empty(run.out / "config.json").get("options", {}).get("resume") != asked:
             fail(f"--resume {asked}: {run.out} has a checkpoint of its own: go on from that with --resume "
                  "auto, or name another --out")
@@ -1678,8 +1665,6 @@ def find_checkpoint(run):
     if asked != "auto" and paths and not paths[0].is_file():
         fail(f"--resume {asked}: not a file: auto, never or a checkpoint, such as RUN/checkpoint.pt")
     for path in paths:
-        if asked == "auto" and not path.exists():
-            continue
         try:
             saved = load_file(path)
         except (OSError, ValueError) as error:
@@ -1691,7 +1676,7 @@ def find_checkpoint(run):
                  "--epochs or --max-steps")
         if errors:
             print(f"train.py: {errors[0]}; going on from {path} instead", file=sys.stderr, flush=True)
-            latest.replace(run.out / "checkpoint.damaged.pt")  # or a save would take it for a good one
+            own[0].replace(run.out / "checkpoint.damaged.pt")  # or a save would take it for a good one
         return saved, path
     if errors:
         fail(f"--resume {asked}: {'; '.join(errors)}; start over with --resume never")
@@ -1705,8 +1690,9 @@ def check_same(run, saved, path):
              "--resume never")
     options, asked, model = saved["options"], vars(run.args), saved["model"]
     free = FREE - ({"epochs"} if asked["grow"] else set())  # whose sizes hang on their number
-    free -= {"fid_num"} if saved["best"] and asked["fid_every"] else set()  # of which the lowest FID was
     there, here = LATER | options | model, {k: v for k, v in asked.items() if k not in free} | run.model
+    if saved["best"] and asked["fid_every"]:  # of how many the lowest was
+        there["fid_num"], here["fid_num"] = saved["best"].get("num", options["fid_num"]), asked["fid_num"]
     changed = [f"{flag(k) if k in asked else k} {there.get(k)} there, {v} asked" for k, v in here.items()
                if there.get(k) != v]
     if saved["fingerprint"] != run.data.meta["fingerprint"]:
@@ -1833,7 +1819,8 @@ class Watch:
         data, batch = run.data, run.args.batch_size
         classes = data.conditions is not None and data.conditions.ndim == 1
         order = np.argsort(data.conditions, kind="stable") if classes else np.arange(len(data.rows))
-        self.grid_rows = order[::max(1, len(order) // GRID)][:GRID]  # spread over DATA, classes in turn
+        shown = min(GRID, len(order))
+        self.grid_rows = order[np.arange(shown) * len(order) // shown]  # spread over DATA, classes in turn
         data.write(out / "grids" / "real", data.rows[self.grid_rows])
         self.first_step, self.logged = state.step, time.perf_counter()
         print(f"{out}: {run.args.arch} {'×'.join(str(n) for n in data.rows.shape[1:])}, "
@@ -2111,7 +2098,7 @@ def track_fid(run, state, watch):
     save(run, state)  # scoring takes longer than torchrun waits after a signal
     fid = run.on_first(watch.score, state)
     if best is None or fid < best["fid"]:
-        best = {"fid": fid, "step": step, "since": -1}
+        best = {"fid": fid, "step": step, "num": run.args.fid_num, "since": -1}
     state.best = best | {"since": best["since"] + 1, "last": step}
     save(run, state)
     if over(run, state) and step < run.total:
@@ -2287,7 +2274,7 @@ def main():
             watch.end(state, "finished")
     run.disband()
     if number:
-        how = " with --resume auto" if args.resume == "never" else ""
+        how = " with --resume auto" if args.resume != "auto" else ""
         fail(f"{signal.Signals(number).name}: saved at step {state.step} of {run.total}; the same command "
              f"goes on{how}", TRY_AGAIN)
 

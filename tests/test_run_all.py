@@ -69,7 +69,9 @@ def test_interrupted_it_goes_on(tmp_path):
     assert subprocess.run([*command, "--lr-g", "1"], env=settings, capture_output=True).returncode == 2
 
 
-@pytest.mark.parametrize("options, how", [((), ""), (("shapes", "--resume", "never"), " with --resume auto")])
+@pytest.mark.parametrize("options, how", [((), ""), (("shapes", "--resume", "auto"), ""),
+                                          (("shapes", "--resume", "never"), " with --resume auto"),
+                                          (("shapes", "--resume=runs/shapes/error.pt"), " with --resume auto")])
 def test_ctrl_c_before_the_first_stage(options, how, tmp_path):
     """While the options are checked, too: one line and 75."""
     stub, begun = tmp_path / "python", tmp_path / "begun"

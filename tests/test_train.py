@@ -11,7 +11,9 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
+import time
 import tracemalloc
 import weakref
 from dataclasses import dataclass, fields, replace
@@ -803,6 +805,33 @@ def test_fid_while_training(weights, shapes, tmp_path):
     scored = {line["step"]: line["fid"] for line in map(json.loads, (tmp_path / "other" / "fid.jsonl").read_text().splitlines())}
     assert list(scored) == [48, 64] and scored[48] == lines[-1]["fid"]
     assert scored[train.load_file(tmp_path / "other" / "best.pt")["step"]] == min(scored.values())
+    # the best is compared with FIDs of as many images, whatever a call without --fid-every says
+    call("train.py", *options[:-4], "--epochs", "4")
+    refused("train.py", *options[:-2], "--epochs", "5", naming="--fid-num 8 there, 2048 asked")
+    assert "already trained" not in call("train.py", *options, "--epochs", "5").stdout
+
+
+def test_grids_show_all_of_data_alike(tmp_path):
+    """Of 100 images in four classes, each one colour, the grid of the real ones has as many of each."""
+    for i in range(100):
+        (tmp_path / "src" / f"{i % 4}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * (i % 4), 0, 0)).save(tmp_path / "src" / f"{i % 4}" / f"{i}.png")
+    call("prepare_data.py", "folder", "--root", tmp_path / "src", "--size", "16", "--out", tmp_path / "data")
+    call("train.py", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY, "--condition", "label", "--max-steps", "1")
+    shown = np.asarray(Image.open(tmp_path / "run" / "grids" / "real.png"))[::16, ::16, 0]
+    assert np.unique(shown, return_counts=True)[1].tolist() == [16, 16, 16, 16]
+
+
+def test_begun_from_a_named_checkpoint_it_says_how_to_go_on(trained, shapes, tmp_path):
+    """The same command would begin there once more."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.copy(run / "checkpoint.pt", run / "mine.pt")
+    with subprocess.Popen([sys.executable, ROOT / "train.py", "--data", shapes, "--out", run, *TINY, "--epochs", "9999",
+                           "--condition", "label", "--resume", run / "mine.pt"], stderr=subprocess.PIPE, text=True) as process:
+        while log_of(run)[-1]["step"] < 52 and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.communicate(timeout=60)[1].endswith("the same command goes on with --resume auto\n")
 
 
 FIDS = """
