@@ -101,7 +101,8 @@ case $recipe in
                        --temperature 2:1.7 --schedule linear)
                 pictures=() real=() ;;
     folder)     prepare=(folder --size 64)
-                train=("${small[@]}" --batch-size 32 --epochs 200 --flip --r1 1 --r2 1 --diffaug 0.3) ;;
+                train=("${small[@]}" --batch-size 32 --epochs 200 --flip --r1 1 --r2 1 --diffaug 0.7
+                       --lr-g 2e-3 --lr-d 1e-3) ;;
     tests | gpu-check) ;;
     -h | --help)
                 say "$(sed -n '/^# Prepare/,/^set/s/^# \{0,1\}//p' "$here/run_all.sh")"
