@@ -182,7 +182,7 @@ def test_recipes_run_for_a_few_steps(recipe, shapes, tmp_path):
     if recipe in expected:
         assert (args.batch_size, args.epochs) == expected[recipe]
     if recipe == "folder":
-        assert (args.arch, args.loss, args.r1, args.r2, args.diffaug) == ("sngan", "relativistic", 1, 1, 0.3)
+        assert (args.arch, args.loss, args.r1, args.r2, args.diffaug) == ("sngan", "relativistic", 1, 1, 0.7)
     if recipe == "anime64":
         assert (args.lr_g, args.lr_d, args.schedule) == ("0.0002:1e-05", "0.0002:1e-05", "cosine")
         assert (args.real_label, args.fake_label) == (0.9, 0.1)
