@@ -489,7 +489,8 @@ def neighbour_measures(real, fake, k=NEIGHBOURS):
     middle = real.mean(0, dtype=torch.float64)  # around it numbers are small, and so is their rounding
     real, fake = real - middle, fake - middle
     same = 1e-12 * max(x.square().sum(1).max().item() for x in (real, fake))  # rounding is less
-    real_radii, fake_radii = radii(real, k, "real images"), radii(fake, k, "generated images")
+    real_radii, fake_radii = (radii(x, k, f"neighbours of {name} images")
+                              for x, name in ((real, "real"), (fake, "generated")))
     precise, found, inside_count = [], [], 0
     recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
     for start, squared in distances(fake, real, "generated images among real ones"):
@@ -1014,10 +1015,14 @@ def track(run, config, metrics):
     """The figures of a run, to the trackers that train.py wrote its curves to."""
     names, last = config["options"].get("tracker") or [], read_status(run)["step"]
     values = {f"evaluate/{key}": entry["value"] for key, entry in figures_of(metrics).items()}
-    with contextlib.suppress(SystemExit):  # one that cannot be reached is no reason to lose the figures
+    try:  # one that cannot be reached is no reason to lose the figures
         trackers = Trackers(names, run, config.get("run_id"), last, config)
         trackers.log(values, metrics.get("samples", {}).get("step") or last)
         trackers.close()
+    except SystemExit:
+        pass  # it has said so
+    except Exception as error:
+        print(f"note: not sent to --tracker {' '.join(names)}: {in_a_line(error)}", file=sys.stderr)
 
 
 # ---- runs side by side -----------------------------------------------------------------------------------
@@ -1377,8 +1382,7 @@ def score(args):
 
     if run:
         own, path = {} if "images" in others else record, run / "generator.pt"
-        replaced = (own and path.exists()
-                    and hashlib.sha256(path.read_bytes()).hexdigest() != own["generator"])
+        replaced = own and path.exists() and own["generator"] != hashlib.sha256(path.read_bytes()).hexdigest()
         metrics["warnings"] += training_warnings(
             read_status(run), config["steps"], own.get("step"), replaced)
     if record:

@@ -87,13 +87,14 @@ def test_ctrl_c_before_the_first_stage(options, how, tmp_path):
     assert process.returncode == 75
 
 
-def test_a_requeued_job_starts_over_once(tmp_path):
+@pytest.mark.parametrize("resume", ["never", "runs/other/checkpoint.pt"])
+def test_a_requeued_job_starts_over_once(resume, tmp_path):
     (tmp_path / "run").mkdir()
-    stub = stub_of_python(tmp_path)
-    for begun, ends in ((None, "--resume never"), ("7", "--resume never"), ("8", "--resume never --resume auto")):
+    stub, asked = stub_of_python(tmp_path), f"--resume {resume}"
+    for begun, ends in ((None, asked), ("7", asked), ("8", f"{asked} --resume auto")):
         if begun:  # by which job
             (tmp_path / "run" / "config.json").write_text(json.dumps({"job": begun}, indent=1))
-        call("bash", ROOT / "run_all.sh", "shapes", "--resume", "never",
+        call("bash", ROOT / "run_all.sh", "shapes", *asked.split(),
              **environment(tmp_path) | {"SLURM_JOB_ID": "8", "PYTHON": stub})
         [train] = [line for line in (tmp_path / "run" / "calls").read_text().splitlines() if "train.py" in line]
         assert train.endswith(f"-- {ends}")

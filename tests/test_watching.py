@@ -67,6 +67,16 @@ def tracked(shapes, tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize("error, said", [(ConnectionError("gone"), "note: not sent to --tracker wandb: gone"), (SystemExit(2), "")])
+def test_figures_that_a_tracker_does_not_take(error, said, tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise error
+    monkeypatch.setattr(evaluate, "Trackers", refuse)
+    monkeypatch.setattr(evaluate, "read_status", lambda run: {"step": 1})
+    evaluate.track(tmp_path, {"options": {"tracker": ["wandb"]}}, {"fid": {"value": 1.0}})
+    assert capsys.readouterr().err.strip() == said
+
+
 def test_tensorboard(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(tracked / "tensorboard"))
