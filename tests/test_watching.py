@@ -67,7 +67,8 @@ def tracked(shapes, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("error, said", [(ConnectionError("gone"), "note: not sent to --tracker wandb: gone"), (SystemExit(2), "")])
+@pytest.mark.parametrize("error, said", [
+    (ConnectionError("gone"), "note: not sent to --tracker wandb: ConnectionError: gone"), (SystemExit(2), "")])
 def test_figures_that_a_tracker_does_not_take(error, said, tmp_path, monkeypatch, capsys):
     def refuse(*args):
         raise error
