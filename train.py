@@ -518,6 +518,38 @@ class BatchNorm(nn.BatchNorm2d):
         return (x * gain[:, None, None] + (bias - mean * gain)[:, None, None]).to(x.dtype)
 
 
+def repeat_edge(x):
+    """Images (B, C, H, W) with their edges twice; autocast on CPUs would make them float32 for it."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.pad(x, (1, 1, 1, 1), "replicate")
+
+
+class ReplicateConv(nn.Conv2d):
+    """3×3 convolution over repeated edges: zeros around the map would change a colour there."""
+
+    def __init__(self, a, b, **options):
+        super().__init__(a, b, 3, **options)
+
+    def forward(self, x):
+        return super().forward(repeat_edge(x))
+
+
+class FromPoint(nn.ConvTranspose2d):
+    """A transposed convolution of a point, (B, a, 1, 1) -> (B, b, k, k), as one matrix product."""
+
+    def forward(self, x):
+        weight = self.weight.permute(0, 2, 3, 1)  # as channels_last has it in memory
+        return (x.flatten(1) @ weight.flatten(1)).unflatten(1, weight.shape[1:]).permute(0, 3, 1, 2)
+
+
+class ToPoint(nn.Conv2d):
+    """A convolution over the whole map, (B, a, k, k) -> (B, b), as one matrix product."""
+
+    def forward(self, x):
+        rows, weight = (y.permute(0, 2, 3, 1).flatten(1) for y in (x, self.weight))
+        return F.linear(rows, weight)
+
+
 class UpConv(nn.Conv2d):
     """Nearest neighbour to twice the side, then a 3×3 convolution: (B, a, H, W) -> (B, b, 2H, 2W).
 
@@ -530,10 +562,8 @@ class UpConv(nn.Conv2d):
     def forward(self, x):
         padding = 1
         if self.padding_mode == "replicate":
-            x, padding = F.pad(x, (1, 1, 1, 1), "replicate"), 3
-        weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
-        weight = weight[:, :, 1:] + weight[:, :, :-1]
-        weight = weight[..., 1:] + weight[..., :-1]
+            x, padding = repeat_edge(x), 3
+        weight = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, 1, divisor_override=1)  # sums of 2×2
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, padding)
 
 
@@ -615,10 +645,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(images (B, channels, size, size), condition, dial) -> float32 (logits (B,), features (B, C)).
+    """D(images (B, channels, size, size), told, dial) -> float32 (logits (B,), features (B, C)).
 
-    The condition is judged by projection (Miyato & Koyama 2018) on the sum of the features over the places;
-    what is returned is their mean.
+    told: what told() makes of the condition, None without one. It is judged by projection (Miyato & Koyama
+    2018) on the sum of the features over the places; what is returned is their mean.
     """
     init, outer = staticmethod(lambda module: None), True
 
@@ -643,7 +673,11 @@ class Discriminator(nn.Module):
             for module in [x for x in self.modules() if isinstance(x, (nn.Conv2d, nn.Linear))]:
                 nn.utils.parametrizations.spectral_norm(module)
 
-    def forward(self, x, condition=None, dial=None):
+    def told(self, condition):
+        """Conditions (B, …) as the features that fit them (B, C): once for all images shown with them."""
+        return self.project(self.encode(condition)[0]).float()
+
+    def forward(self, x, told=None, dial=None):
         level = len(self.stems) - 1 if dial is None else dial
         shown = math.ceil(level)
         h = self.first_map(x, shown)
@@ -653,7 +687,7 @@ class Discriminator(nn.Module):
                 h = torch.lerp(self.first_map(smaller, shown - 1), h, level - shown + 1)
             if i < len(self.stages):
                 h = self.stages[i](h)
-        return self.judge(h, condition)
+        return self.judge(h, told)
 
     def first_map(self, x, shown):
         """The first feature map of images of one of the sizes."""
@@ -661,14 +695,14 @@ class Discriminator(nn.Module):
             x = torch.cat([x, self.detail * (x - around(x.float()))], 1)
         return self.stems[shown](x)
 
-    def judge(self, h, condition):
+    def judge(self, h, told):
         """(logits, features) of the last feature map."""
         logits, features = self.head(h).flatten().float(), h.mean((2, 3)).float()
-        return logits if self.encode is None else logits + self.match(features, condition), features
+        return logits if told is None else logits + self.match(features, told), features
 
-    def match(self, features, condition):
+    def match(self, features, told):
         """How well features (B, C) fit conditions: the part of the logits (B,) that is theirs."""
-        return (self.project(self.encode(condition)[0]).float() * features).sum(1) * self.places
+        return (told * features).sum(1) * self.places
 
 
 def dcgan_init(module):
@@ -689,17 +723,16 @@ class DCGANGenerator(Generator):
     """Radford et al. 2016: transposed 4×4 convolutions, batch normalisation, ReLU."""
     init = staticmethod(dcgan_init)
 
-    def block(self, a, b, *shape):
-        convs = [nn.ConvTranspose2d(a, b, *shape, bias=False)]
-        convs += [nn.Conv2d(b, b, 3, 1, 1, bias=False) for _ in range(self.extra_convs)]
-        return [layer for conv in convs for layer in (conv, BatchNorm(b), nn.ReLU(True))]
+    def block(self, conv, width):
+        convs = [conv] + [nn.Conv2d(width, width, 3, 1, 1, bias=False) for _ in range(self.extra_convs)]
+        return [layer for conv in convs for layer in (conv, BatchNorm(width), nn.ReLU(True))]
 
     def first(self, width, base):
         unflatten = nn.Unflatten(1, (self.inputs, 1, 1))
-        return nn.Sequential(unflatten, *self.block(self.inputs, width, base, 1, 0))
+        return nn.Sequential(unflatten, *self.block(FromPoint(self.inputs, width, base, bias=False), width))
 
     def stage(self, a, b):
-        return nn.Sequential(*self.block(a, b, 4, 2, 1))
+        return nn.Sequential(*self.block(nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), b))
 
     def head(self, width, channels):
         return nn.ConvTranspose2d(width, channels, 4, 2, 1, bias=False)
@@ -717,7 +750,7 @@ class DCGANDiscriminator(Discriminator):
         return nn.Sequential(nn.Conv2d(a, b, 4, 2, 1, bias=False), normal, nn.LeakyReLU(0.2, True))
 
     def last(self, width, base):
-        return nn.Conv2d(width, 1, base, bias=False)
+        return ToPoint(width, 1, base, bias=False)
 
 
 class Modulation(nn.Module):
@@ -746,18 +779,16 @@ class Modulated(nn.Sequential):
 class SNGANGenerator(DCGANGenerator):
     """After Miyato et al. 2018: convolutions at every resolution, z and condition at each normalisation."""
     outer = False
-    edge = "replicate"  # zeros around the map would change a colour there
     squash = staticmethod(lambda x: x.float().tanh())  # in bf16 black and white move by half a level of gray
 
     def stage(self, a, b):
         # free transposed convolutions leave their grid on flat colours
-        convs = [UpConv(a, b, bias=False, padding_mode=self.edge)]
-        convs += [nn.Conv2d(b, b, 3, 1, 1, bias=False, padding_mode=self.edge)
-                  for _ in range(self.extra_convs)]
+        convs = [UpConv(a, b, bias=False, padding_mode="replicate")]
+        convs += [ReplicateConv(b, b, bias=False) for _ in range(self.extra_convs)]
         return Modulated(*(x for conv in convs for x in (conv, Modulation(self.inputs, b), nn.ReLU(True))))
 
     def head(self, width, channels):
-        return nn.Conv2d(width, channels, 3, 1, 1, padding_mode=self.edge)
+        return ReplicateConv(width, channels)
 
 
 class SNGANDiscriminator(DCGANDiscriminator):
@@ -919,14 +950,13 @@ class ResnetDiscriminator(Discriminator):
         return nn.Sequential(*[Residual(width) for _ in range(self.blocks)],
                              nn.Conv2d(width, width, base, groups=width, bias=False), nn.Flatten())
 
-    def judge(self, h, condition):
+    def judge(self, h, told):
         features = self.head(h).float()
-        if self.encode is None:
-            return self.linear(features).flatten().float(), features
-        return self.match(features, condition), features
+        logits = self.linear(features).flatten().float() if told is None else self.match(features, told)
+        return logits, features
 
-    def match(self, features, condition):
-        return (self.linear(features).float() * self.project(self.encode(condition)[0]).float()).sum(1)
+    def match(self, features, told):
+        return (self.linear(features).float() * told).sum(1)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------
@@ -1061,7 +1091,7 @@ class SequenceDiscriminator(nn.Module):
         self.head = nn.Linear(m.width_d * len(reach), 1)
         nn.init.normal_(self.embed.weight, 0, EMBEDDING ** -0.5)
 
-    def forward(self, x, condition=None, dial=None):
+    def forward(self, x, told=None, dial=None):
         h = self.embed(x).transpose(1, 2)
         features = torch.cat([F.leaky_relu(conv(h), 0.2).amax(2) for conv in self.convs], 1)
         return self.head(features).flatten().float(), features.float()
@@ -1163,12 +1193,13 @@ def loss_of_d(run, D, amounts, x, c, fake, dial=None, wrong=None, differs=None):
     args, objective = run.args, LOSSES[run.args.loss][0]
     x, fake = (y.detach().requires_grad_(name in amounts) for y, name in ((x, "r1"), (fake, "r2")))
     with run.autocast():
-        real_logits, features = D(seen(x, amounts), c, dial)
-        fake_logits, _ = D(seen(fake, amounts), c, dial)
+        told = None if c is None else D.told(c)
+        real_logits, features = D(seen(x, amounts), told, dial)
+        fake_logits, _ = D(seen(fake, amounts), told, dial)
     loss = objective(real_logits, fake_logits, args)
     if args.mismatch_weight:  # real images with a wrong condition (Reed et al. 2016)
         with run.autocast():
-            wrong_logits = real_logits + D.match(features, wrong) - D.match(features, c)
+            wrong_logits = real_logits + D.match(features, D.told(wrong)) - D.match(features, told)
         wrong_logits = torch.where(differs, wrong_logits, fake_logits)  # as if there were no such term
         loss = torch.lerp(loss, objective(real_logits, wrong_logits, args), args.mismatch_weight)
     if "r1" in amounts:  # Mescheder et al. 2018
@@ -1179,7 +1210,7 @@ def loss_of_d(run, D, amounts, x, c, fake, dial=None, wrong=None, differs=None):
         share = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device)
         halfway = torch.lerp(fake.float(), x, share).detach().requires_grad_()
         with run.autocast():
-            logits, _ = D(halfway, c, dial)
+            logits, _ = D(halfway, told, dial)
         loss = loss + args.gp * (squared_gradient(logits, halfway).add(1e-12).sqrt() - 1).square().mean()
     real, fake = real_logits.detach(), fake_logits.detach()
     middle = 0 if args.loss in CENTRED else (real.mean() + fake.mean()) / 2
@@ -1190,11 +1221,12 @@ def loss_of_g(run, G, D, amounts, x, c, fake, dial=None):
     """G on its fakes (B, …), beside real x where the objective compares: (loss, what the log says of it)."""
     args = run.args
     with run.autocast():
-        fake_logits, features = D(seen(fake, amounts), c, dial)
+        told = None if c is None else D.told(c)
+        fake_logits, features = D(seen(fake, amounts), told, dial)
         real_logits = real_features = None
         if args.loss in PAIRED or args.feature_matching:
             with torch.no_grad():
-                real_logits, real_features = D(seen(x, amounts), c, dial)
+                real_logits, real_features = D(seen(x, amounts), told, dial)
     loss = LOSSES[args.loss][1](fake_logits, real_logits)
     if args.feature_matching:  # Salimans et al. 2016, of the means over all processes
         apart = run.sum((features.float() - real_features).mean(0)) / run.world

@@ -59,7 +59,7 @@ def test_shapes_of_networks(arch, size, channels, classes):
     c = torch.arange(3) % classes if classes else None
     images = G(torch.randn(3, 7), c)
     assert images.shape == (3, channels, size, size) and (arch == "resnet" or images.abs().max() <= 1)
-    logits, features = D(images, c)
+    logits, features = D(images, None if c is None else D.told(c))
     assert logits.shape == (3,) and logits.dtype == torch.float32 and features.shape[0] == 3
 
 
@@ -118,17 +118,20 @@ def test_hinge_least_squares_and_wasserstein_against_plain_algebra():
 
 
 class Plane(torch.nn.Module):
-    """D(x) = <w, x> + <v, condition>: its gradient is w everywhere, its features are the condition's own."""
+    """D(x) = <w, x> + the condition: its gradient is w everywhere."""
 
     def __init__(self, w):
         super().__init__()
         self.w = w
 
-    def forward(self, x, c, dial=None):
-        return (self.w * x).sum((1, 2, 3)) + self.match(None, c), x.mean((2, 3))
+    def forward(self, x, told, dial=None):
+        return (self.w * x).sum((1, 2, 3)) + (0 if told is None else told), x.mean((2, 3))
 
-    def match(self, features, c):
-        return c.float() if c is not None else 0
+    def told(self, c):
+        return c.float()
+
+    def match(self, features, told):
+        return told
 
 
 def losses(*options, condition=None, wrong=()):
@@ -171,12 +174,13 @@ def test_conditions_reach_both_networks(kind, arch):
     one, other = {"label": (torch.tensor([0, 1]), torch.tensor([2, 1])), "vector": (torch.zeros(2, 9), torch.eye(9)[:2]),
                   "text": (torch.tensor([[1, 2, 0], [3, 4, 0]]), torch.tensor([[2, 2, 0], [3, 4, 0]]))}[kind]
     assert not torch.equal(G.eval()(z, one)[0], G(z, other)[0])
-    logits, features = D.eval()(x, one)
-    assert torch.allclose(D(x, other)[0] - logits, D.match(features, other) - D.match(features, one), atol=1e-5)
-    assert not torch.equal(D.match(features, other), D.match(features, one))
+    told, else_told = D.eval().told(one), D.told(other)
+    logits, features = D(x, told)
+    assert torch.allclose(D(x, else_told)[0] - logits, D.match(features, else_told) - D.match(features, told), atol=1e-5)
+    assert not torch.equal(D.match(features, else_told), D.match(features, told))
     if kind == "text":  # padding says nothing
-        for told in ([[1, 2], [3, 4]], [[1, 2, 0, 0, 0], [3, 4, 0, 0, 0]]):
-            assert torch.allclose(D(x, torch.tensor(told))[0], logits, atol=1e-5)
+        for tokens in ([[1, 2], [3, 4]], [[1, 2, 0, 0, 0], [3, 4, 0, 0, 0]]):
+            assert torch.allclose(D(x, D.told(torch.tensor(tokens)))[0], logits, atol=1e-5)
 
 
 def published_block(w, x):
@@ -238,7 +242,8 @@ def test_resnet_is_the_published_network(size, width, widths, classes):
     z, x = torch.randn(4, 5), torch.randn(4, 3, size, size)
     images, logits = published_networks(G, D, widths, 2, z, x, classes)
     assert torch.allclose(G(z, classes), images, atol=1e-5) and images.std() > 0.1
-    assert torch.allclose(D(x, classes)[0], logits, atol=1e-5) and logits.std() > 1e-3
+    told = None if classes is None else D.told(classes)
+    assert torch.allclose(D(x, told)[0], logits, atol=1e-5) and logits.std() > 1e-3
 
 
 def test_resnet_has_the_published_size_and_start():
