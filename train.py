@@ -518,8 +518,8 @@ class BatchNorm(nn.BatchNorm2d):
         return (x * gain[:, None, None] + (bias - mean * gain)[:, None, None]).to(x.dtype)
 
 
-def repeat_edge(x):
-    """Images (B, C, H, W) with their edges twice; autocast on CPUs would make them float32 for it."""
+def replicate(x):
+    """Maps (B, C, H, W) with their edges repeated around; autocast on CPUs would make them float32 for it."""
     with torch.autocast(x.device.type, enabled=False):
         return F.pad(x, (1, 1, 1, 1), "replicate")
 
@@ -531,11 +531,14 @@ class ReplicateConv(nn.Conv2d):
         super().__init__(a, b, 3, **options)
 
     def forward(self, x):
-        return super().forward(repeat_edge(x))
+        return super().forward(replicate(x))
 
 
 class FromPoint(nn.ConvTranspose2d):
     """A transposed convolution of a point, (B, a, 1, 1) -> (B, b, k, k), as one matrix product."""
+
+    def __init__(self, a, b, side):
+        super().__init__(a, b, side, bias=False)
 
     def forward(self, x):
         weight = self.weight.permute(0, 2, 3, 1)  # as channels_last has it in memory
@@ -544,6 +547,9 @@ class FromPoint(nn.ConvTranspose2d):
 
 class ToPoint(nn.Conv2d):
     """A convolution over the whole map, (B, a, k, k) -> (B, b), as one matrix product."""
+
+    def __init__(self, a, b, side):
+        super().__init__(a, b, side, bias=False)
 
     def forward(self, x):
         rows, weight = (y.permute(0, 2, 3, 1).flatten(1) for y in (x, self.weight))
@@ -562,7 +568,7 @@ class UpConv(nn.Conv2d):
     def forward(self, x):
         padding = 1
         if self.padding_mode == "replicate":
-            x, padding = repeat_edge(x), 3
+            x, padding = replicate(x), 3
         weight = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, 1, divisor_override=1)  # sums of 2×2
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, padding)
 
@@ -729,7 +735,7 @@ class DCGANGenerator(Generator):
 
     def first(self, width, base):
         unflatten = nn.Unflatten(1, (self.inputs, 1, 1))
-        return nn.Sequential(unflatten, *self.block(FromPoint(self.inputs, width, base, bias=False), width))
+        return nn.Sequential(unflatten, *self.block(FromPoint(self.inputs, width, base), width))
 
     def stage(self, a, b):
         return nn.Sequential(*self.block(nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), b))
@@ -750,7 +756,7 @@ class DCGANDiscriminator(Discriminator):
         return nn.Sequential(nn.Conv2d(a, b, 4, 2, 1, bias=False), normal, nn.LeakyReLU(0.2, True))
 
     def last(self, width, base):
-        return ToPoint(width, 1, base, bias=False)
+        return ToPoint(width, 1, base)
 
 
 class Modulation(nn.Module):

@@ -264,17 +264,45 @@ def test_resnet_has_the_published_size_and_start():
     assert 0.2 < G(torch.randn(64, 64), torch.arange(64) % 10).std() < 2
 
 
-@pytest.mark.parametrize("edge", ["zeros", "replicate"])
-def test_fused_upsampling_is_the_two_in_turn(edge):
-    fused = train.UpConv(5, 7, padding_mode=edge).double()
-    conv = torch.nn.Conv2d(5, 7, 3, 1, 1, padding_mode=edge).double()
-    conv.load_state_dict(fused.state_dict())
-    x = torch.randn(2, 5, 6, 3, dtype=torch.double, requires_grad=True)
-    one, two = fused(x), conv(F.interpolate(x, scale_factor=2))
+@pytest.mark.parametrize("fast, plain, size", [
+    (train.UpConv(5, 7), torch.nn.Conv2d(5, 7, 3, 1, 1), (6, 3)),
+    (train.UpConv(5, 7, padding_mode="replicate"), torch.nn.Conv2d(5, 7, 3, 1, 1, padding_mode="replicate"), (6, 3)),
+    (train.ReplicateConv(5, 7), torch.nn.Conv2d(5, 7, 3, 1, 1, padding_mode="replicate"), (6, 3)),
+    (train.FromPoint(5, 7, 4), torch.nn.ConvTranspose2d(5, 7, 4, bias=False), (1, 1)),
+    (train.ToPoint(5, 1, (6, 3)), torch.nn.Conv2d(5, 1, (6, 3), bias=False), (6, 3))])
+def test_convolutions_of_few_operations_are_the_plain_ones(fast, plain, size):
+    fast = fast.double().to(memory_format=torch.channels_last)
+    plain = plain.double()
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(2, 5, *size, dtype=torch.double, requires_grad=True)
+    one = fast(x)
+    two = plain(F.interpolate(x, scale_factor=2) if isinstance(fast, train.UpConv) else x).reshape(one.shape)
     torch.testing.assert_close(one, two)
-    for a, b in zip(torch.autograd.grad(one.square().sum(), [x, *fused.parameters()]),
-                    torch.autograd.grad(two.square().sum(), [x, *conv.parameters()])):
+    for a, b in zip(torch.autograd.grad(one.square().sum(), [x, *fast.parameters()]),
+                    torch.autograd.grad(two.square().sum(), [x, *plain.parameters()])):
         torch.testing.assert_close(a, b)
+
+
+def test_edges_are_repeated_in_the_type_of_the_map():
+    x = torch.randn(1, 2, 4, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        padded = train.replicate(x)
+    assert padded.dtype == torch.bfloat16 and torch.equal(padded[..., 1:-1, 0], x[..., 0])
+
+
+def test_d_reads_a_condition_once_for_all_images():
+    G, D = networks("sngan", size=16, width=4, condition="text", known=9)
+    read = []
+    D.encode.register_forward_hook(lambda module, given, result: read.append(given[0]))
+    args = train.parse_args(["--data", "-", "--out", "-", "--condition", "text", "--mismatch-weight", "0.5",
+                             "--loss", "relativistic"])
+    run = SimpleNamespace(args=args, autocast=contextlib.nullcontext, world=1)
+    x, c, wrong = torch.randn(2, 3, 16, 16), torch.tensor([[1, 2], [3, 4]]), torch.tensor([[3, 4], [1, 2]])
+    train.loss_of_d(run, D, {}, x, c, x, None, wrong, torch.tensor([True, True]))
+    assert [one.tolist() for one in read] == [c.tolist(), wrong.tolist()]
+    read.clear()
+    train.loss_of_g(run, G, D, {}, x, c, x)
+    assert [one.tolist() for one in read] == [c.tolist()]
 
 
 def test_words_attend_to_places():
