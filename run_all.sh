@@ -6,7 +6,7 @@
 #SBATCH --signal=B:USR1@120
 # Prepare, train, sample and score, each where it is not done yet. Called again it goes on where it stopped.
 #
-#     bash run_all.sh                                 # drawn shapes and captions, about 17 minutes on 2 cores
+#     bash run_all.sh                                 # drawn shapes and captions, about 15 minutes on 2 cores
 #     ROOT=faces.zip bash run_all.sh folder           # your images: a folder, .zip or .tar(.gz)
 #     bash run_all.sh mnist --epochs 10               # what follows the recipe goes to train.py
 #     ROOT=faces.zip sbatch --gres=gpu:8 run_all.sh anime64   # a job, one node or more, requeued at its limit
@@ -44,7 +44,7 @@ r3gan=(--arch resnet --blocks 2 --width-max 768 --latent-dim 64
 case $recipe in
     shapes)     prepare=(shapes --size 32 --num 10000)
                 train=("${small[@]}" --condition text --mismatch-weight 0.5 --detail 10 --batch-size 32
-                       --penalty-interval 8 --epochs 33) ;;
+                       --penalty-interval 8 --epochs 30) ;;
     captioned)  prepare=(folder --size 32 --holdout 0.05)
                 train=("${small[@]}" --condition text --mismatch-weight 0.5 --batch-size 32 --epochs 180
                        --r1 0.3 --r2 0.3) ;;

@@ -527,9 +527,6 @@ def replicate(x):
 class ReplicateConv(nn.Conv2d):
     """3×3 convolution over repeated edges: zeros around the map would change a colour there."""
 
-    def __init__(self, a, b, **options):
-        super().__init__(a, b, 3, **options)
-
     def forward(self, x):
         return super().forward(replicate(x))
 
@@ -597,7 +594,7 @@ class Generator(nn.Module):
     init = staticmethod(lambda module: None)  # how parts are initialised where PyTorch's way will not do
     outer = True  # the head doubles the map, D's stem halves it
     squash = staticmethod(torch.tanh)
-    told = 1 / 4  # scale of the condition: at z's own, G follows it alone and ignores z
+    condition_scale = 1 / 4  # at z's own, G follows it alone and ignores z
 
     def __init__(self, m):
         super().__init__()
@@ -609,8 +606,7 @@ class Generator(nn.Module):
         base, self.inputs = m.sizes[-1] >> m.depth, m.latent_dim + (EMBEDDING if self.encode else 0)
         self.stages = nn.ModuleList([self.first(widths[0], base)])
         self.stages.extend(self.stage(a, b) for a, b in zip(widths, widths[1:]))
-        # the last stage of each size
-        self.ends = [(size // base).bit_length() - 1 - self.outer for size in m.sizes]
+        self.ends = [(size // base).bit_length() - 1 - self.outer for size in m.sizes]  # last stage of each
         self.heads = nn.ModuleList(self.head(widths[end], m.channels) for end in self.ends)
         self.attended = m.depth // 2
         for part in (self.stages, self.heads):
@@ -635,7 +631,7 @@ class Generator(nn.Module):
                 mean, log_variance = self.distribution(vector)
                 vector = mean + noise * (log_variance / 2).exp()
             style = torch.cat([z, vector], 1)
-            z = torch.cat([z, vector * self.told], 1)
+            z = torch.cat([z, vector * self.condition_scale], 1)
         level = len(self.heads) - 1 if dial is None else dial
         drawn, x, maps = math.ceil(level), z, []
         for i, stage in enumerate(self.stages[:self.ends[drawn] + 1]):
@@ -704,7 +700,7 @@ class Discriminator(nn.Module):
     def judge(self, h, told):
         """(logits, features) of the last feature map."""
         logits, features = self.head(h).flatten().float(), h.mean((2, 3)).float()
-        return logits if told is None else logits + self.match(features, told), features
+        return logits if self.encode is None else logits + self.match(features, told), features
 
     def match(self, features, told):
         """How well features (B, C) fit conditions: the part of the logits (B,) that is theirs."""
@@ -734,7 +730,7 @@ class DCGANGenerator(Generator):
         return [layer for conv in convs for layer in (conv, BatchNorm(width), nn.ReLU(True))]
 
     def first(self, width, base):
-        unflatten = nn.Unflatten(1, (self.inputs, 1, 1))
+        unflatten = nn.Unflatten(1, (self.inputs, 1, 1))  # keeps the names in files as they are
         return nn.Sequential(unflatten, *self.block(FromPoint(self.inputs, width, base), width))
 
     def stage(self, a, b):
@@ -790,11 +786,11 @@ class SNGANGenerator(DCGANGenerator):
     def stage(self, a, b):
         # free transposed convolutions leave their grid on flat colours
         convs = [UpConv(a, b, bias=False, padding_mode="replicate")]
-        convs += [ReplicateConv(b, b, bias=False) for _ in range(self.extra_convs)]
+        convs += [ReplicateConv(b, b, 3, bias=False) for _ in range(self.extra_convs)]
         return Modulated(*(x for conv in convs for x in (conv, Modulation(self.inputs, b), nn.ReLU(True))))
 
     def head(self, width, channels):
-        return ReplicateConv(width, channels)
+        return ReplicateConv(width, channels, 3)
 
 
 class SNGANDiscriminator(DCGANDiscriminator):
@@ -918,7 +914,7 @@ class ResnetGenerator(Generator):
         super().__init__(m)
         fix_up(self.stages, self.heads)
         if m.condition == "label":
-            self.encode, self.told = OneHot(m.known, EMBEDDING), 1
+            self.encode, self.condition_scale = OneHot(m.known, EMBEDDING), 1
 
     def first(self, width, base):
         return nn.Sequential(Basis(self.inputs, width, base), *[Residual(width) for _ in range(self.blocks)])
@@ -958,8 +954,9 @@ class ResnetDiscriminator(Discriminator):
 
     def judge(self, h, told):
         features = self.head(h).float()
-        logits = self.linear(features).flatten().float() if told is None else self.match(features, told)
-        return logits, features
+        if self.encode is None:
+            return self.linear(features).flatten().float(), features
+        return self.match(features, told), features
 
     def match(self, features, told):
         return (self.linear(features).float() * told).sum(1)
@@ -1082,8 +1079,7 @@ class SequenceGenerator(nn.Module):
             state = self.lstm(x, state)
             outputs.append(state[0])
         logits = self.logits(torch.stack(outputs, 1)).float() / dial
-        loss = F.cross_entropy(logits.mT, tokens, reduction="none")
-        return loss, counted(tokens)
+        return F.cross_entropy(logits.mT, tokens, reduction="none"), counted(tokens)
 
 
 class SequenceDiscriminator(nn.Module):
@@ -1216,7 +1212,7 @@ def loss_of_d(run, D, amounts, x, c, fake, dial=None, wrong=None, differs=None):
         share = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device)
         halfway = torch.lerp(fake.float(), x, share).detach().requires_grad_()
         with run.autocast():
-            logits, _ = D(halfway, told, dial)
+            logits, _ = D(seen(halfway, amounts), told, dial)
         loss = loss + args.gp * (squared_gradient(logits, halfway).add(1e-12).sqrt() - 1).square().mean()
     real, fake = real_logits.detach(), fake_logits.detach()
     middle = 0 if args.loss in CENTRED else (real.mean() + fake.mean()) / 2
@@ -1358,7 +1354,7 @@ class Meter(Saved):
         """{name: mean over the interval and all processes, or None}; begins anew. Waits for the device."""
         sums, counts = run.sum(self.sums).tolist()
         self.sums.zero_()
-        return {name: s / n if n else None for name, s, n in zip(STATS, sums, counts)}
+        return {name: s / n if n and math.isfinite(s) else None for name, s, n in zip(STATS, sums, counts)}
 
 
 @dataclass
@@ -1382,7 +1378,7 @@ def flatten(net):
     flats = []
     for tensors in ([*net.parameters()], [x for x in net.buffers() if x.is_floating_point()]):
         sizes = [x.numel() for x in tensors]
-        flats.append(next(net.parameters()).new_empty(sum(sizes)).detach())
+        flats.append(next(net.parameters()).new_empty(sum(sizes)))
         for x, part in zip(tensors, flats[-1].split(sizes)):
             x.data = part.as_strided(x.shape, x.stride(), part.storage_offset()).copy_(x.data)
     return flats
@@ -1842,11 +1838,9 @@ class Watch:
         for name in (*WRITTEN, "grids/*"):  # what a kill left half written
             for left in out.glob(f"{name}.[0-9]*.tmp"):
                 left.unlink()
-        for log in (out / "log.jsonl", out / "fid.jsonl"):
+        scored = state.best["last"] if state.best else state.step - 1  # without a best it is scored again
+        for log, last in ((out / "log.jsonl", state.step), (out / "fid.jsonl", scored)):
             if log.exists():  # what came after this step is about to be trained again
-                # without a best this step will be scored again
-                scored = state.best["last"] if state.best else state.step - 1
-                last = scored if log.stem == "fid" else state.step
                 lines = [line for line in read_lines(log) if line["step"] <= last]
                 write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
         write_json(out / "config.json", config)
@@ -1903,7 +1897,7 @@ class Watch:
         shown = [f"{means[k]:.3f}" if means[k] is not None else "none" for k in STATS[:4]]
         self.bar.total = goal * batch
         self.bar.set_description("lead-in, " * (goal < run.total) + f"epoch {epoch:.1f}", refresh=False)
-        self.bar.set_postfix_str("G {:.4} D {:.4} right {:.4}/{:.4}".format(*shown), refresh=False)
+        self.bar.set_postfix_str("G {} D {} right {}/{}".format(*shown), refresh=False)
         if self.bar.disable:
             print(f"step {state.step}/{run.total}  epoch {epoch:.2f}  "
                   + "  ".join(f"{k} {v}" for k, v in zip(STATS, shown)) + f"  {rate:.0f} {run.data.unit}/s  "
@@ -2020,7 +2014,7 @@ def describe(run, state, run_id):
     elif kind == "cpu" and os.path.exists("/proc/cpuinfo"):  # Linux keeps the processor's name here alone
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    usual = vars(parse_args(["--data", run.args.data, "--out", run.args.out]))
+    usual = vars(parse_args([f"--data={run.args.data}", f"--out={run.args.out}"]))
     changed = {k: v for k, v in vars(run.args).items() if v != usual[k] or k in ("data", "out")}
     data = {k: v for k, v in run.data.meta.items() if not isinstance(v, (list, dict))}
     return {"run_id": run_id, "job": os.environ.get("SLURM_JOB_ID"), "options": vars(run.args),
@@ -2202,7 +2196,7 @@ def make_run(args):
              "it or raise --epochs")
     if (args.burn_in or 0) > left:
         fail(f"--burn-in {args.burn_in:g}: --epochs {args.epochs} have only {left} {data.unit} for it; lower "
-             f"it, raise --epochs, or leave it out")
+             "it, raise --epochs, or leave it out")
     total = min(args.epochs * steps, args.max_steps or math.inf)
     return Run(args, data, model, device, amp, steps, args.epochs * steps, total, Path(args.out), rank, world)
 

@@ -49,6 +49,7 @@ def record(function):
     ("--amp", "fp16", "--clip-grad", "1"),
     ("--arch", "resnet", "--loss", "relativistic", "--r1", "1:0.1", "--r2", "0:1", "--penalty-interval", "2", "--diffaug", "0:0.9", "--flip", "--crop-shift", "0.1", "--jitter", "0.1"),
     ("--arch", "upsample", "--spectral-norm", "--loss", "hinge"),
+    ("--arch", "sngan", "--condition", "text", "--detail", "10", "--gp", "1", "--amp", "bf16"),
     ("--loss", "wgan-gp", "--d-steps", "2"),
     ("--grad-accum", "2", "--amp", "bf16"),
     ("--feature-matching", "0.1", "--loss", "lsgan"),

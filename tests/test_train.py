@@ -267,7 +267,7 @@ def test_resnet_has_the_published_size_and_start():
 @pytest.mark.parametrize("fast, plain, size", [
     (train.UpConv(5, 7), torch.nn.Conv2d(5, 7, 3, 1, 1), (6, 3)),
     (train.UpConv(5, 7, padding_mode="replicate"), torch.nn.Conv2d(5, 7, 3, 1, 1, padding_mode="replicate"), (6, 3)),
-    (train.ReplicateConv(5, 7), torch.nn.Conv2d(5, 7, 3, 1, 1, padding_mode="replicate"), (6, 3)),
+    (train.ReplicateConv(5, 7, 3), torch.nn.Conv2d(5, 7, 3, 1, 1, padding_mode="replicate"), (6, 3)),
     (train.FromPoint(5, 7, 4), torch.nn.ConvTranspose2d(5, 7, 4, bias=False), (1, 1)),
     (train.ToPoint(5, 1, (6, 3)), torch.nn.Conv2d(5, 1, (6, 3), bias=False), (6, 3))])
 def test_convolutions_of_few_operations_are_the_plain_ones(fast, plain, size):
@@ -295,7 +295,7 @@ def test_d_reads_a_condition_once_for_all_images():
     read = []
     D.encode.register_forward_hook(lambda module, given, result: read.append(given[0]))
     args = train.parse_args(["--data", "-", "--out", "-", "--condition", "text", "--mismatch-weight", "0.5",
-                             "--loss", "relativistic"])
+                             "--loss", "relativistic", "--gp", "1"])
     run = SimpleNamespace(args=args, autocast=contextlib.nullcontext, world=1)
     x, c, wrong = torch.randn(2, 3, 16, 16), torch.tensor([[1, 2], [3, 4]]), torch.tensor([[3, 4], [1, 2]])
     train.loss_of_d(run, D, {}, x, c, x, None, wrong, torch.tensor([True, True]))
@@ -741,7 +741,8 @@ def test_whole_runs(options, shapes, tmp_path):
 @pytest.mark.skipif("RUN_SLOW" not in os.environ, reason="minutes of compiling: RUN_SLOW=1 runs it")
 @pytest.mark.parametrize("arch, loss", [
     ("dcgan", ("bce",)), ("dcgan", ("wgan-gp",)), ("upsample", ("hinge", "--spectral-norm")), ("upsample", ("lsgan",)),
-    ("resnet", ("relativistic",)), ("resnet", ("relativistic", "--r1", "0", "--r2", "0", "--feature-matching", "0.1")),
+    ("sngan", ("hinge", "--condition", "text")), ("resnet", ("relativistic",)),
+    ("resnet", ("relativistic", "--r1", "0", "--r2", "0", "--feature-matching", "0.1")),
     ("seq", ("bce",)), ("seq", ("relativistic",))])
 def test_compiled_it_is_the_same_run(arch, loss, shapes, tmp_path):
     data = shapes
