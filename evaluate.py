@@ -287,7 +287,9 @@ def pixels_at(images, indices):
 def is_plain(path):
     """Whether read_picture shows a picture as Pillow's convert("RGB"), which pytorch-fid uses, does."""
     with Image.open(path) as image:
-        turned = image.getexif().get(0x0112, 1) != 1
+        turned = False
+        with contextlib.suppress(Exception):  # read_picture passes over a damaged note of it, too
+            turned = image.getexif().get(0x0112, 1) != 1
         odd = turned or image.has_transparency_data or image.info.get("icc_profile")
         return not odd and not image.mode.startswith(("I", "F"))
 
@@ -626,9 +628,7 @@ def class_figures(data, generated):
     right = (see(model, x[:held], [base]) == y[:held]).reshape(-1, channels).float()
     seen = see(model, judged(generated, range(n)), [base]).reshape(n, channels).numpy() @ power
     p = np.bincount(seen, minlength=classes) / n
-    q = np.bincount(truth.numpy() @ power, minlength=classes) / len(truth)
-    if channels > 1:
-        q = np.full(classes, 1 / classes)
+    q = np.full(classes, 1 / classes) if channels > 1 else np.bincount(truth[:, 0].numpy()) / len(truth)
     kl = float(sum(a * np.log(a / b) for a, b in zip(p, q) if a))
     shares = f"1/{classes}" if channels > 1 else f"of {len(labels)} real images"
     found = figures({"modes": int((p > 0).sum()), "kl": kl}, n, classes=classes, shares=shares)
@@ -770,7 +770,8 @@ def score_texts(file, data, record):
     training, references = ([[vocabulary[i] for i in row if i] for row in ids.tolist()]
                             for ids in (data.array("tokens"), held_out[:TEXTS]))
     lines = file.read_text(encoding="utf-8").splitlines()
-    texts = [text for text in (line.split() if separator else list(line) for line in lines) if text]
+    texts = [text for text in (line.split() if separator else re.findall("<unk>|.", line)
+                               for line in lines) if text]
     if len(texts) < 2:
         fail(f"{file}: {len(texts)} texts that are not empty; it takes 2 or more")
     if len(texts) < len(lines):
@@ -1339,11 +1340,8 @@ def training_warnings(status, total, drawn, replaced):
 
 def others_of(args, trained_on, own):
     """{"images", "reference": path}: of these what is not the run's own, such as its samples in `own`."""
-    others = {"reference": args.reference or args.data, "images": args.images}
-    if trained_on:
-        del others["reference"]
-    if args.images and Path(args.images).resolve() in own:
-        del others["images"]
+    others = {"reference": not trained_on and (args.reference or args.data),
+              "images": args.images and Path(args.images).resolve() not in own and args.images}
     return {key: path for key, path in others.items() if path}
 
 
@@ -1410,12 +1408,12 @@ def score(args):
 def main():
     steady_output()
     keep_memory()
-    args = parse_args()
     on_signals(leave)
     try:
+        args = parse_args()
         if args.compare:
             first = next((Path(path) for path in args.compare if Path(path).is_dir()), Path("."))
-            folder = first.parent if (first / "config.json").exists() else first
+            folder = Path(os.path.abspath(first)).parent if (first / "config.json").exists() else first
             compare(args.compare, args.out or folder / "comparison")
         else:
             score(args)

@@ -253,6 +253,8 @@ class Parser(argparse.ArgumentParser):
         own = argv[argv.index("--"):] if "--" in argv else argv
         self.own = {options[word].dest for word in words if any(w.split("=")[0] == word for w in own)}
         for name in self.named:
+            if getattr(args, name) == "":  # as "$OUT" is where nobody has set it
+                fail(f"{flag(name)} is empty: give it a value, or leave it out")
             needs, excludes = self.rules.get(name, ((), ()))
             wrong = [f"needs {rule}" for rule in needs if not holds(rule, args)]
             wrong += [f"does not go with {rule}" for rule in excludes if holds(rule, args)]
@@ -662,8 +664,7 @@ def list_archive(members):
         place, passed = link, []
         while place in links and place not in passed:
             passed.append(place)
-            to = links[place][1]
-            place = os.path.normpath(os.path.join(os.path.dirname(place), to.replace("\\", "/")))
+            place = normal(os.path.join(os.path.dirname(place), links[place][1]))
         if place in whole:
             names[name] = names[whole[place]]
         else:
@@ -963,9 +964,9 @@ def read_captions(args, read, names):
         return *listed_captions({args.captions: data}, os.path.realpath(args.root)), []
     files = {name: read_member(read, names[name]) for name in names
              if os.path.basename(normal(name)).lower() in LISTS}
-    keys = [f'"{key}"'.encode() for key in CAPTION_KEYS]  # metadata need not hold captions
+    key = re.compile('"({})"\\s*:'.format("|".join(CAPTION_KEYS)).encode())  # metadata need not hold any
     files = {name: data for name, data in files.items() if not isinstance(data, bytes)
-             or os.path.basename(name).lower() == LISTS[0] or any(key in data for key in keys)}
+             or os.path.basename(name).lower() == LISTS[0] or key.search(data)}
     return *listed_captions(files), list(files)
 
 
@@ -1016,18 +1017,16 @@ def find_captions(args, read, names, images):
         return None, (), []
     if not captions:
         fail(f"--captions {args.captions}: no caption of any image; {reason or 'there are none'}")
-    if alone:
-        alike = f"{plural(len(alone), 'image')} found by file name alone, such as "
-        alike += "{!r} for {!r}".format(*alone[0])
-    if alone and args.strict:
-        fail(f"captions: {alike} (--strict)")
+    alike = "".join(f"; {plural(len(alone), 'image')} found by file name alone, such as {a!r} for {b!r}"
+                    for a, b in alone[:1])
+    if alike and args.strict:
+        fail(f"captions: {alike[2:]} (--strict)")
     count = sum(map(len, captions.values()))
-    print(f"captions: {count:,} from {where}, {count / len(captions):.1f} an image"
-          + (f"; {alike}" if alone else ""))
+    print(f"captions: {count:,} from {where}, {count / len(captions):.1f} an image{alike}")
     left += [(entry, "unmatched caption") for entry in lost]
     left += [(image, "uncaptioned image", why.get(image, "no caption"))
              for image in images if image not in captions]
-    return captions, {*files, *texts}, left
+    return captions, {*files, *texts, os.path.relpath(args.captions or ".", args.root)}, left
 
 
 # a letter of a script without spaces: Thai, Lao, Myanmar, Khmer, kana, Han
@@ -1298,7 +1297,7 @@ def decode_all(items, args):
              f"--workers ({args.workers} here)", status=1)
     finally:
         for worker in workers:
-            worker.terminate()
+            worker.kill()  # SIGTERM would be told by one that has only just begun
 
 
 # ---- DATA --------------------------------------------------------------------------------------------------
@@ -1310,7 +1309,7 @@ def write_images(results, total, folder, args):
     many had which oddity.
     """
     rows, skipped, odd, count = ([], []), [], Counter(), round(total * (args.holdout or 0))
-    if args.holdout and not 0 < count < total:
+    if args.holdout and total and not 0 < count < total:
         fail(f"--holdout {args.holdout:g}: that is {count} of {total} images; it takes one or more, and "
              "leaves as many")
     held = set(random.Random(args.seed).sample(range(total), count))  # kept out of training
@@ -1584,8 +1583,6 @@ def check(args):
         ImageColor.getrgb(args.background)
     except ValueError:
         fail(f"--background {args.background}: not a colour (a name like white, or #rrggbb)")
-    if not args.out:
-        fail("--out is empty: name the folder to make")
     if args.source in ("folder", "coco", "text") and not args.root and not args.synthetic_oracle:
         what = "file of texts" if args.source == "text" else "folder or archive of images"
         fail(f"--root is missing: the {what}")
@@ -1599,7 +1596,10 @@ def already(args, out, state):
     """Say that DATA is there and whole; other options, another source or damage are refused."""
     there = Data(out, "--out")
     asked, before = source_options(args), there.meta.get("source", {})
-    before["num"] = before.get("num") or DRAWN.get(args.source)  # which older DATA do not say
+    usual = {"num": DRAWN.get(args.source), "max_words": MAX_WORDS}  # a default may be spelled out
+    usual |= {"num": 10_000, "length": ORACLE["length"]} if args.synthetic_oracle else {}
+    for options in (asked, before):
+        options |= {k: v for k, v in usual.items() if options.get(k) is None}
     if state in (None, there.meta.get("source_state")):  # the same files, moved or not; "inside" is no file
         asked |= {k: before.get(k) for k in PATHS if k == "root" or
                   all(os.path.isabs(o.get(k) or "") for o in (asked, before))}
@@ -1647,8 +1647,8 @@ def main():
     try:
         if there:
             return already(args, out, state)
-        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {args.out} exists and is not a data folder: choose another --out")
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir()) or os.path.ismount(out)):
+            fail(f"--out {args.out} exists and is not a data folder, or is a mount: choose another --out")
         report(args, make(args, out, state))
     except OSError as error:  # a full disk, a folder that may not be written
         if not there and os.path.exists(out / "meta.json"):

@@ -101,7 +101,7 @@ case $recipe in
                        --temperature 2:1.7 --schedule linear)
                 pictures=() real=() ;;
     folder)     prepare=(folder --size 64)
-                train=("${small[@]}" --batch-size 32 --epochs 200 --flip --r1 1 --r2 1 --diffaug 0.7
+                train=("${small[@]}" --batch-size 32 --epochs 80 --flip --r1 1 --r2 1 --diffaug 0.7
                        --lr-g 2e-3 --lr-d 1e-3) ;;
     tests | gpu-check) ;;
     -h | --help)
@@ -114,6 +114,7 @@ esac
 set=$recipe  # variants of a recipe share their data
 for variant in 128 deep rmsprop r3; do set=${set%-"$variant"}; done
 data=${DATA:-data/$set} run=${RUN:-runs/$recipe}
+case " $* " in *" --help "* | *" -h "*) prepare=() ;; esac  # train.py's, whatever ROOT is
 case ${prepare[0]-} in folder | coco)
     [ -n "${ROOT-}" ] || mistake "ROOT is missing, the images: ROOT=faces.zip bash run_all.sh $recipe"
     [ -z "${CAPTIONS-}" ] || prepare+=(--captions "$CAPTIONS") ;;
@@ -160,7 +161,7 @@ sys.exit(any(u.find_spec(p) is None for p in packages)
 if [ -n "${PYTHON-}" ]; then
     python=$PYTHON
     "$python" -c "$has" 2>/dev/null || {
-        install="$PYTHON -m pip install -r ${extra:+tests/}requirements.txt"
+        install="$PYTHON -m pip install -r $here/${extra:+tests/}requirements.txt"
         mistake "PYTHON=$PYTHON cannot be run or lacks packages: $install"
     }
 elif cmp -s "$here/requirements.txt" "$here/.venv/complete"; then
@@ -184,11 +185,9 @@ else
 fi
 [ "$recipe" != gpu-check ] || exec "$python" "$here/tests/gpu_check.py" "$@"
 if [ "$recipe" = tests ]; then
-    cd "$here"
-    if [ "$python" = "$here/.venv/bin/python" ]; then
-        "$python" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
-    fi
-    exec "$python" -m pytest -n 2 --dist loadfile tests "$@"
+    [ "$python" != "$here/.venv/bin/python" ] ||
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/tests/requirements.txt"
+    exec "$python" -m pytest --rootdir "$here" -n 2 --dist loadfile "$here/tests" "$@"
 fi
 
 # Signals go to the stage that runs: train.py saves and leaves, the others drop what is half done.
@@ -222,8 +221,9 @@ $1" "$here" --data "$data" --out "$run" "${train[@]}" -- "${@:2}" 2>&1) || statu
         exit "$status"
     }
 }
-ask 'args = train.parse_args(); print(args.batch_size, args.device)' "$@"  # before the data are prepared
-read -r batch device <<<"$said"
+# before the data are prepared
+ask 'args = train.parse_args(); print(args.batch_size, args.device, args.grad_accum)' "$@"
+read -r batch device parts <<<"$said"
 
 { mkdir -p "$run" && [ -w "$run" ]; } 2>/dev/null || mistake "RUN=$run cannot be made or written to"
 exec 9>>"$run/run_all.lock"
@@ -256,21 +256,20 @@ stage() {
 
 [ -z "$shapes" ] || stage "$python" "$here/prepare_data.py" shapes --size 32 --num 10000 --out "$shapes"
 stage "$python" "$here/prepare_data.py" "${prepare[@]}" --out "$data"
-[ "$recipe" = captions ] || {
-    count_of='import json, sys; print(json.load(open(sys.argv[1]))["count"])'
-    have=$("$python" -c "$count_of" "$data/meta.json") || {
-        [ -z "$stopped" ] || leave
-        exit 1
-    }
-    [ "$have" != 1 ] || mistake "$data holds 1 image: the generated ones are scored against 2 or more"
-    [ "$have" -ge "${real[1]-0}" ] || {
-        say "run_all.sh: $data has $have images, not ${real[1]}: the generated ones are scored against these"
-        real=()
-    }
-    [ "$have" -ge "$batch" ] || [[ " $*" == *" --batch-size"* ]] || {
-        say "run_all.sh: $data has $have images: they are the batch, not $batch"
-        train+=(--batch-size "$have")
-    }
+count_of='import json, sys; print(json.load(open(sys.argv[1]))["count"])'
+have=$("$python" -c "$count_of" "$data/meta.json") || {
+    [ -z "$stopped" ] || leave
+    exit 1
+}
+[ "$have" != 1 ] || mistake "$data holds 1 image: the generated ones are scored against 2 or more"
+[ "$have" -ge "${real[1]-0}" ] || {
+    say "run_all.sh: $data has $have images, not ${real[1]}: the generated ones are scored against these"
+    real=()
+}
+[ "$have" -ge "$batch" ] || [[ " $*" == *" --batch-size"* ]] || {
+    most=$((have - have % parts))
+    say "run_all.sh: $data holds $have: the batch is $most, not $batch"
+    train+=(--batch-size "$most")
 }
 # As many processes as can share the batch evenly: of each node its GPUs, or one on its CPUs.
 ask "run, nodes = train.make_run(train.parse_args()), ${SLURM_NNODES:-1}

@@ -175,10 +175,8 @@ def label_conditions(args, saved):
     note_undrawn(args.num, len(asked), "labels")
     share = np.cumsum(saved["class_counts"]) / np.sum(saved["class_counts"])
 
-    def label(i):
-        if asked:
-            return asked[i % len(asked)]
-        return int(  # as often as in the training data
+    def label(i):  # unless asked, as often as in the training data
+        return asked[i % len(asked)] if asked else int(
             np.searchsorted(share, np.random.default_rng([seed, i, 1]).random(), side="right"))
     return (lambda numbers: torch.tensor([label(i) for i in numbers]),
             lambda i: {"label": saved["classes"][label(i)]})
@@ -687,7 +685,7 @@ def find_out(args, folder):
     out = out.resolve() if out.is_symlink() else out  # which stays one
     odd = out.suffix.lower() in EXTENSIONS.union((".npy", ".txt", ".zip"))
     odd = odd or out.is_file() and out.suffix != ".npz"
-    if odd or args.out is not None and Path.cwd().is_relative_to(os.path.realpath(args.out)):  # ., .., /, ""
+    if odd or args.out is not None and Path.cwd().is_relative_to(os.path.realpath(args.out)):  # ., .., /
         fail(f"--out {out if args.out is None else repr(args.out)}: name a folder to make, or a file ending "
              "in .npz")
     if not out.parent.is_dir():

@@ -2170,8 +2170,8 @@ def make_run(args):
         fail("--device mps: for one process, and from torch 2.14 on, since before BatchNorm's gradients are "
              "wrong and bad updates are not skipped there (pytorch#188371, #186360); else --device cpu")
     data, kind, batch, parts = Data(args.data), ARCHITECTURES[args.arch][2], args.batch_size, args.grad_accum
-    if not args.out or os.path.realpath(args.out) == os.path.realpath(args.data):
-        fail(f"--out {args.out or 'is empty'}: name a folder for the run, another than --data")
+    if os.path.realpath(args.out) == os.path.realpath(args.data):
+        fail(f"--out {args.out}: name a folder for the run, another than --data")
     if not data.meta.get(kind.key):
         fitting = [name for name, entry in ARCHITECTURES.items() if data.meta.get(entry[2].key)]
         fail(f"--arch {args.arch}: {args.data} holds no {kind.unit}; it is for --arch {' or '.join(fitting)}")

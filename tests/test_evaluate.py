@@ -487,6 +487,8 @@ def test_refusals(trained, tmp_path, capsys):
                             ((*reference, "--num-real", "9"), "--num-real does not go with --reference"),
                             ((*reference, "--data", "c"), "--data does not go with --reference"),
                             (("--compare", "a", "--floor"), "--floor does not go with --compare"),
+                            (("--images", "", "--data", "b"), "--images is empty"),
+                            (("--images", "a", "--reference="), "--reference is empty"),
                             (("--images", "a", "--data", "b", "--num-real", "1"), "--num-real: 1 must be at least 2")):
         with pytest.raises(SystemExit, match="2"):
             evaluate.parse_args(options)
@@ -584,6 +586,8 @@ def test_folders_are_read_as_data_is(tmp_path):
     assert np.array_equal(seen("clear"), np.concatenate([np.full((4, 12, 3), 255), pixels[4:]]))
     plain = {name: evaluate.is_plain(tmp_path / f"{name}.png") for name in ("plain", "gray", "turned", "clear", "deep")}
     assert plain == {"plain": True, "gray": True, "turned": False, "clear": False, "deep": False}
+    Image.fromarray(pixels).save(tmp_path / "noted.png", exif=b"JUNKJUNK")
+    assert evaluate.is_plain(tmp_path / "noted.png") and np.array_equal(seen("noted"), pixels)
     for mode in ("P", "1", "CMYK"):
         Image.fromarray(pixels).convert(mode).save(tmp_path / f"{mode}.tif")
         assert evaluate.is_plain(tmp_path / f"{mode}.tif")

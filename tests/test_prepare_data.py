@@ -586,6 +586,10 @@ def test_captions_do_not_stray(made, tmp_path):
     assert [texts for _, texts in told(out)] == [["number 1"], ["number 2"], ["number 3"]]
     assert "3 images found by file name alone, such as 'data/imgs/1.png' for 'a/1.png'" in said
     refuse(*strict, naming=["3 images found by file name alone", "--strict"])
+    # the list named by --captions is none of the files that are left out
+    put(tmp_path, {"one/1.png": "red", "one/c.ndjson": [{"file": "1.png", "captions": "x"}]})
+    _, said, out = made({}, "--captions", tmp_path / "one" / "c.ndjson", "--strict", root="one")
+    assert "not read" not in said and told(out) == [("red", ["x"])]
     # a list in a folder of its own may name images by their path
     put(tmp_path, {"two/images/1.png": "red", "two/lists/captions.jsonl": [{"file": "../images/1.png", "captions": "x"}]})
     assert told(made({}, root="two")[2]) == [("red", ["x"])]
@@ -622,7 +626,7 @@ def test_options_without_effect_are_said(made, tmp_path):
 
 def test_links_in_archives(tmp_path):
     """A .zip's and a .tar's are alike: to a file it is that file, to anything else it is said to be a link."""
-    links = {"a/link.png": "../b/1.png", "again.png": "a/link.png", "self.png": "self.png", "one.png": "two.png",
+    links = {"a/li\u0301nk.png": "../b/1.png", "again.png": "a/li\u0301nk.png", "root.png": "/b/1.png", "self.png": "self.png", "one.png": "two.png",
              "two.png": "one.png", "folder.png": "b", "gone.png": "nowhere.png", "out.png": "/etc/passwd"}
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed, tarfile.open(tmp_path / "a.tar", "w") as tar:
         packed.writestr("b/1.png", picture("red"))
@@ -636,7 +640,7 @@ def test_links_in_archives(tmp_path):
         prepare("folder", "--root", tmp_path / f"a.{kind}", "--out", tmp_path / kind, "--size", "8",
                 "--classes", "none")
         images, meta = read(tmp_path / kind)
-        assert images[:, 4, 4].tolist() == [[255, 0, 0]] * 3 and meta["left_out"] == {"link": 6}
+        assert images[:, 4, 4].tolist() == [[255, 0, 0]] * 4 and meta["left_out"] == {"link": 6}
         reasons = {entry["file"]: entry["reason"] for entry in meta["skipped"]}
         assert reasons == {**dict.fromkeys(("self.png", "one.png", "two.png"), "a link to itself"),
                            "folder.png": "a link to 'b', a folder",
@@ -819,7 +823,9 @@ def test_captions_asked_for_by_a_word_are_no_moved_file(made, tmp_path):
     _, said, out = made({"1.png": "red", "2.png": "blue", "3.png": "green", "captions.jsonl": lines(**{"1_png": "a red"})})
     assert "--captions inside" in said
     again = ("folder", "--root", tmp_path / "src", "--size", "8", "--out", out)
-    assert "already" in prepare(*again).stdout
+    for more in ((), ("--max-words", "32")):  # what it is without being asked
+        assert "already" in prepare(*again, *more).stdout
+    refuse(*again, "--max-words", "3", naming="--max-words 32 there, 3 asked")
     refuse(*again, "--captions", "inside", naming=["--captions None there, inside asked"])
     assert len(captions_of(made({}, "--captions", "inside")[2])) == 1
 
@@ -1055,9 +1061,10 @@ def test_no_tracebacks(tmp_path):
     assert (tmp_path / "empty" / "images.npy").exists()
     prepare("folder", "--root", tmp_path / "src", "--out", os.fsdecode(bytes(tmp_path) + b"/d\xff"), "--size", "8",
             PYTHONIOENCODING="utf-8:strict")
-    put(tmp_path, {"deep.json": "[" * 100_000})
+    put(tmp_path, {"deep.json": "[" * 100_000, "none/a.txt": "x"})
+    refuse("folder", "--root", tmp_path / "none", "--holdout", "0.05", "--out", tmp_path / "x", naming="not one usable image")
     refuse("coco", "--root", tmp_path / "src", "--captions", tmp_path / "deep.json", "--out", tmp_path / "x", naming="deep.json")
-    for options in (("--num", "1" * 400), ("--size", "9" * 30), ("--num", "\u00b2"), ("--out", ""),
+    for options in (("--num", "1" * 400), ("--size", "9" * 30), ("--num", "\u00b2"), ("--out", ""), ("--root", ""),
                     ("--captions", "nowhere"), ("--captions", tmp_path / "src")):
         refuse("folder", "--root", tmp_path / "src", "--out", tmp_path / "x", *options, naming=options[0])
     done = call("bash", "-c", f"{sys.executable} {ROOT}/prepare_data.py shapes --num 4 --size 8 --out {tmp_path}/y | true; "

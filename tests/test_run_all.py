@@ -19,7 +19,7 @@ def environment(tmp_path):
     return {"PYTHON": sys.executable, "DATA": str(tmp_path / "data"), "RUN": str(tmp_path / "run")}
 
 
-def stub_of_python(tmp_path, asked="32", count=5000):
+def stub_of_python(tmp_path, asked="32 auto 1", count=5000):
     """PYTHON that says what the options ask for and how many images there are, and notes each script's call in RUN/calls."""
     stub = tmp_path / "python"
     stub.write_text(f'#!/bin/sh\ncase "$1$2" in -c*make_run*) echo 1 1 1 1 64 1;; -c*parse_args*) echo {asked};; '
@@ -104,7 +104,7 @@ def test_a_requeued_job_starts_over_once(resume, tmp_path):
 
 def test_num_is_drawn_and_scored(tmp_path):
     (tmp_path / "run").mkdir()
-    settings = environment(tmp_path) | {"NUM": "64", "PYTHON": stub_of_python(tmp_path, "32 cpu"), "ROOT": "/"}
+    settings = environment(tmp_path) | {"NUM": "64", "PYTHON": stub_of_python(tmp_path, "32 cpu 1"), "ROOT": "/"}
     for recipe, real in (("folder", " --num-real 64"), ("stacked-mnist", " --num-real 64"), ("anime64", "")):
         call("bash", ROOT / "run_all.sh", recipe, **settings)
         calls = (tmp_path / "run" / "calls").read_text().splitlines()
@@ -148,8 +148,8 @@ def test_mistakes(tmp_path):
         assert naming in done.stderr and len(done.stderr.splitlines()) == 1
     done = call("bash", ROOT / "run_all.sh", "shapes", status=2, **environment(tmp_path) | {"PYTHON": "/bin/false"})
     assert "PYTHON=/bin/false" in done.stderr
-    for word in ("--help", "-h"):  # of train.py, with a recipe before it
-        done = call("bash", ROOT / "run_all.sh", "shapes", "--epochs", "3", word, **environment(tmp_path))
+    for words in (("shapes", "--epochs", "3", "--help"), ("shapes", "-h"), ("folder", "--help"), ("coco32", "--help")):
+        done = call("bash", ROOT / "run_all.sh", *words, **environment(tmp_path))  # train.py's
         assert "--batch-size" in done.stdout and "prepared" not in done.stdout
     assert not list(tmp_path.iterdir()), "before anything is made"
     Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
@@ -179,7 +179,7 @@ def test_recipes_run_for_a_few_steps(recipe, shapes, tmp_path):
     assert prepare_data.parse_args(calls[0][1:]).out == settings["DATA"]
     args = train.parse_args(calls[1][1:])
     expected = {"mnist": (64, 25), "mnist-128": (128, 25), "anime64": (20, 100), "celeba64": (128, 200),
-                "coco32": (20, 100), "coco64": (128, 40), "folder": (20, 200), "captioned": (20, 180)}
+                "coco32": (20, 100), "coco64": (128, 40), "folder": (20, 80), "captioned": (20, 180)}
     if recipe in expected:
         assert (args.batch_size, args.epochs) == expected[recipe]
     if recipe == "folder":
@@ -195,6 +195,14 @@ def test_recipes_run_for_a_few_steps(recipe, shapes, tmp_path):
     call(*calls[1], "--data", data, "--width", "8", "--width-d", "8", "--batch-size", "16", "--max-steps", "4",
          "--log-every", "2", "--device", "cpu", *burn_in)
     assert [line["step"] for line in log_of(tmp_path / "run")] == [2, 4]
+
+
+@pytest.mark.parametrize("recipe, asked, batch", [("folder", "32 auto 2", "30"), ("captions", "64 auto 1", "31")])
+def test_what_is_less_than_a_batch_is_the_batch(recipe, asked, batch, tmp_path):
+    settings = environment(tmp_path) | {"PYTHON": stub_of_python(tmp_path, asked, count=31), "ROOT": str(tmp_path)}
+    assert f"the batch is {batch}" in call("bash", ROOT / "run_all.sh", recipe, **settings).stdout
+    trained = (tmp_path / "run" / "calls").read_text().splitlines()[1].split()
+    assert [b for a, b in zip(trained, trained[1:]) if a == "--batch-size"][-1] == batch
 
 
 def test_options_of_a_recipe_may_be_undone(capsys):

@@ -48,6 +48,7 @@ def test_image_depends_on_seed_and_number_alone(generator, tmp_path):
     assert "3 images of step 48, instead of 70 others" in call("sample.py", "--run", generator, "--num", "3", "--device", "cpu").stdout
 
     refused("sample.py", "--run", generator, "--num", "0", naming="--num 0")
+    refused("sample.py", "--run", generator, "--export", "", naming="--export is empty")
     assert "1 image of step 48" in call("sample.py", "--run", generator, "--at", "0.5,0.5", "--device", "cpu").stdout
 
 
