@@ -1302,14 +1302,15 @@ class Player(Saved):
         if run.args.clip_grad:
             nn.utils.clip_grads_with_norm_(params, run.args.clip_grad, norm)
             torch.gt(norm, run.args.clip_grad, out=self.clipped)
-        torch.ne((norm + loss) * 0, 0, out=self.skip)  # infinity and NaN times 0 are NaN
+        either = torch.lerp(norm, loss, 0.0)  # NaN if one is infinite or NaN, since 0 times these is
+        torch.ne(either, either, out=self.skip)
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad()
         self.losses.clear()
         total, row, longest = self.skips
         total += self.skip
-        row.add_(1).mul_(self.skip)
+        torch.addcmul(self.skip, row, self.skip, out=row)
         torch.maximum(longest, row, out=longest)
         return {f"grad_norm_{self.name}": norm, f"clipped_{self.name}": self.clipped}
 

@@ -1037,7 +1037,7 @@ finally:
 
 def test_no_tracebacks(tmp_path):
     for source in ("text", "folder"):
-        refuse(source, "--root", "", "--out", tmp_path / "x", naming="--root is missing")
+        refuse(source, "--root", "", "--out", tmp_path / "x", naming="--root is empty")
     put(tmp_path, {"src/1.png": "red", "locked/1.png": "red", "empty/x": ""})
     (tmp_path / "empty" / "x").unlink()
     locked, data = tmp_path / "locked.zip", io.BytesIO()
