@@ -1017,12 +1017,14 @@ def find_captions(args, read, names, images):
         return None, (), []
     if not captions:
         fail(f"--captions {args.captions}: no caption of any image; {reason or 'there are none'}")
-    alike = "".join(f"; {plural(len(alone), 'image')} found by file name alone, such as {a!r} for {b!r}"
-                    for a, b in alone[:1])
-    if alike and args.strict:
-        fail(f"captions: {alike[2:]} (--strict)")
+    if alone:
+        alike = f"{plural(len(alone), 'image')} found by file name alone, such as "
+        alike += "{!r} for {!r}".format(*alone[0])
+    if alone and args.strict:
+        fail(f"captions: {alike} (--strict)")
     count = sum(map(len, captions.values()))
-    print(f"captions: {count:,} from {where}, {count / len(captions):.1f} an image{alike}")
+    print(f"captions: {count:,} from {where}, {count / len(captions):.1f} an image"
+          + (f"; {alike}" if alone else ""))
     left += [(entry, "unmatched caption") for entry in lost]
     left += [(image, "uncaptioned image", why.get(image, "no caption"))
              for image in images if image not in captions]
@@ -1402,7 +1404,7 @@ def left_out(left):
 
 # ---- texts without images ----------------------------------------------------------------------------------
 
-ORACLE = {"vocabulary": 5000, "length": 20, "hidden": 32}  # Yu et al. 2017
+ORACLE = {"vocabulary": 5000, "length": 20, "hidden": 32, "num": 10_000}  # Yu et al. 2017
 
 
 def read_texts(args):
@@ -1480,7 +1482,7 @@ def write_oracle(args, folder):
                                   "logits": torch.nn.Linear(hidden, n)})
     for parameter in oracle.parameters():
         torch.nn.init.normal_(parameter)
-    count, drawn = args.num or 10_000, []
+    count, drawn = args.num or ORACLE["num"], []
     with torch.inference_mode():
         token, state = torch.zeros(2 * count, dtype=torch.int64), None  # 0 begins a text
         for _ in range(length):
@@ -1597,7 +1599,7 @@ def already(args, out, state):
     there = Data(out, "--out")
     asked, before = source_options(args), there.meta.get("source", {})
     usual = {"num": DRAWN.get(args.source), "max_words": MAX_WORDS}  # a default may be spelled out
-    usual |= {"num": 10_000, "length": ORACLE["length"]} if args.synthetic_oracle else {}
+    usual |= {k: ORACLE[k] for k in ("num", "length")} if args.synthetic_oracle else {}
     for options in (asked, before):
         options |= {k: v for k, v in usual.items() if options.get(k) is None}
     if state in (None, there.meta.get("source_state")):  # the same files, moved or not; "inside" is no file

@@ -148,7 +148,8 @@ def test_mistakes(tmp_path):
         assert naming in done.stderr and len(done.stderr.splitlines()) == 1
     done = call("bash", ROOT / "run_all.sh", "shapes", status=2, **environment(tmp_path) | {"PYTHON": "/bin/false"})
     assert "PYTHON=/bin/false" in done.stderr
-    for words in (("shapes", "--epochs", "3", "--help"), ("shapes", "-h"), ("folder", "--help"), ("coco32", "--help")):
+    for words in (("shapes", "--epochs", "3", "--help"), ("shapes", "-h"), ("folder", "--help"), ("coco32", "--help"),
+                  ("captions", "--help")):
         done = call("bash", ROOT / "run_all.sh", *words, **environment(tmp_path))  # train.py's
         assert "--batch-size" in done.stdout and "prepared" not in done.stdout
     assert not list(tmp_path.iterdir()), "before anything is made"
